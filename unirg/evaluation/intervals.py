@@ -1,0 +1,139 @@
+"""95% intervals: the percentile bootstrap over studies (Efron & Tibshirani 1993, chapter 13).
+
+Every figure of an evaluation is a ratio of two sums over studies: a mean is sum(value) / count, micro F1 is
+sum(2 TP) / sum(2 TP + FP + FN), a share is sum(indicator) / count. One bootstrap therefore serves them all: draw
+studies with replacement, take both sums, divide. Two runs on the same studies are compared on the same draws.
+
+Shapes: N studies, D bootstrap draws.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+PERCENTILES = (2.5, 97.5)
+
+
+class Interval(NamedTuple):
+    """A figure and the ends of its 95% interval; NaN where no study could be judged."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """Run b less run a on the same studies, its 95% interval, and the gain relative to a's figure."""
+
+    mean: float
+    low: float
+    high: float
+    relative: float
+
+
+class Statistic(NamedTuple):
+    """A figure of a corpus, sum(numerator_N) / sum(denominator_N), kept by study so that it can be resampled."""
+
+    numerator_N: np.ndarray
+    denominator_N: np.ndarray
+
+    @property
+    def value(self) -> float:
+        """The figure on all studies; NaN where the denominator is 0."""
+        return float(_ratio(self.numerator_N.sum(), self.denominator_N.sum()))
+
+
+def mean_statistic(values: Sequence[float | None] | np.ndarray) -> Statistic:
+    """The mean over studies; None and NaN (a metric that could not judge) count in neither sum."""
+    values_N = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    known_N = ~np.isnan(values_N)
+    return Statistic(np.where(known_N, values_N, 0.0), known_N.astype(np.float64))
+
+
+def bootstrap_ratio(
+    numerator: Sequence[float] | np.ndarray,
+    denominator: Sequence[float] | np.ndarray,
+    *,
+    seed: int = 0,
+    draws: int = 1000,
+) -> Interval:
+    """sum(numerator) / sum(denominator) over studies, with its 95% interval.
+
+    For micro F1 give 2 TP and 2 TP + FP + FN of each study. Raises ValueError where the two differ in length.
+    """
+    statistic = Statistic(np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64))
+    _require_same_studies(len(statistic.numerator_N), len(statistic.denominator_N))
+    return Interval(statistic.value, *_percentiles(_drawn(statistic, seed, draws)))
+
+
+def bootstrap_mean(values: Sequence[float | None] | np.ndarray, *, seed: int = 0, draws: int = 1000) -> Interval:
+    """The mean over studies with its 95% interval; None and NaN are left out, never counted as zero."""
+    return bootstrap_ratio(*mean_statistic(values), seed=seed, draws=draws)
+
+
+def paired_ratio(a: Statistic, b: Statistic, *, seed: int = 0, draws: int = 1000) -> Difference:
+    """b - a, two statistics of the same studies in the same order, both taken on the same bootstrap draws.
+
+    `relative` is (b - a) / |a|, NaN where a is 0. Raises ValueError where the numbers of studies differ.
+    """
+    _require_same_studies(len(a.numerator_N), len(b.numerator_N))
+    low, high = _percentiles(_drawn(b, seed, draws) - _drawn(a, seed, draws))
+    difference = b.value - a.value
+    return Difference(difference, low, high, float(_ratio(difference, abs(a.value))))
+
+
+def paired_difference(
+    a: Sequence[float | None] | np.ndarray,
+    b: Sequence[float | None] | np.ndarray,
+    *,
+    seed: int = 0,
+    draws: int = 1000,
+) -> Difference:
+    """Mean of b less mean of a, per-study scores of two runs on the same studies in the same order.
+
+    A study that either run could not be judged on is left out of both. Raises ValueError where the lengths differ.
+    """
+    _require_same_studies(len(a), len(b))
+    judged = [x is not None and y is not None and not np.isnan(x) and not np.isnan(y) for x, y in zip(a, b)]
+    both = [mean_statistic([x if keep else None for x, keep in zip(run, judged)]) for run in (a, b)]
+    return paired_ratio(*both, seed=seed, draws=draws)
+
+
+@lru_cache(maxsize=2)
+def _draws(studies: int, seed: int, draws: int) -> np.ndarray:
+    """How often each study is drawn, counts_DN; the same for every statistic of a corpus, hence cached."""
+    rng = np.random.default_rng(seed)
+    counts_DN = np.empty((draws, studies))
+    for row in counts_DN:
+        row[:] = np.bincount(rng.integers(studies, size=studies), minlength=studies)
+    return counts_DN
+
+
+def _drawn(statistic: Statistic, seed: int, draws: int) -> np.ndarray:
+    """The statistic of each bootstrap draw, values_D; NaN where a draw has no judged study."""
+    studies = len(statistic.numerator_N)
+    if studies == 0:
+        return np.full(draws, np.nan)
+    counts_DN = _draws(studies, seed, draws)
+    return _ratio(counts_DN @ statistic.numerator_N, counts_DN @ statistic.denominator_N)
+
+
+def _ratio(numerator: np.ndarray | float, denominator: np.ndarray | float) -> np.ndarray:
+    """Division that gives NaN, without a warning, where the denominator is 0."""
+    safe = np.where(np.equal(denominator, 0), np.nan, denominator)
+    return np.asarray(numerator / safe)
+
+
+def _percentiles(values_D: np.ndarray) -> tuple[float, float]:
+    known = values_D[~np.isnan(values_D)]
+    if known.size == 0:
+        return float("nan"), float("nan")
+    low, high = np.percentile(known, PERCENTILES)
+    return float(low), float(high)
+
+
+def _require_same_studies(a: int, b: int) -> None:
+    if a != b:
+        raise ValueError(f"paired values must be of the same studies, in the same order: got {a} and {b} of them")
