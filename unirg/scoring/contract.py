@@ -1,0 +1,141 @@
+"""The reward contract: what a reward receives, what it returns, and what a recipe says of it.
+
+A reward is a function
+
+    def my_reward(candidates: list[str], references: list[str], **columns) -> list[float | None]
+
+or a class whose instances have a `score` method of that signature. `candidates[i]` is a report the policy wrote,
+`references[i]` the study's own report ("" where it has none), and every column is a list aligned with them
+(`study_id`, `labels`, `findings`, ..., and the data's own further columns). The answer is one number per candidate,
+larger meaning better, or None where the reward cannot judge: such a sample is masked, never scored zero.
+
+A class may also have `setup()`, called once before the first score (load a model there), and these attributes:
+`identity` (a dict that says which variant, backend and versions the numbers come from, kept with every run), `needs`
+(a sentence on what must be installed) and `deduplicate` (False where the score of a candidate depends on the others
+of its batch; identical candidates of one study are otherwise scored once).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Protocol
+
+from unirg.section import Section
+
+if TYPE_CHECKING:
+    from unirg.study import Study
+
+STUDY_COLUMNS = (
+    "findings",
+    "impression",
+    "indication",
+    "comparison",
+    "technique",
+    "labels",
+    "institution",
+    "patient",
+    "demographics",
+    "modality",
+    "language",
+)
+
+
+class RewardError(ValueError):
+    """A reward that cannot be found, built or run, or that broke the contract. The message names the reward."""
+
+
+class ScoreFunction(Protocol):
+    """What every reward boils down to."""
+
+    def __call__(self, candidates: list[str], references: list[str], **columns: Any) -> Sequence[float | None]: ...
+
+
+class RewardConfig(Section):
+    """One reward of a recipe."""
+
+    name: str
+    """An installed reward (`unirg rewards` lists them), `path/to/file.py:function`, or `package.module:function`."""
+    weight: float = 1.0
+    """Its share in the composite reward."""
+    label: str | None = None
+    """Its name in logs and tables; the reward's own name where not given."""
+    options: dict[str, Any] = {}
+    """Keyword arguments for the reward, e.g. `{variant: coco4}`."""
+    reference: str | None = None
+    """The data column to use as the reference text (e.g. `impression`); the study's whole report where not given."""
+
+    @property
+    def log_label(self) -> str:
+        """`label`, or the last part of `name`."""
+        return self.label or self.name.rpartition(":")[2]
+
+
+@dataclass
+class ScoreBatch:
+    """Candidates to score: three kinds of lists, all of one length N.
+
+    `columns` maps a column's name to its N values; see `study_columns`. `truncated` (bool per candidate: it hit the
+    length limit) is the one column that belongs to the candidate and not to its study.
+    """
+
+    candidates: list[str]
+    references: list[str]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where a list has another length than the candidates."""
+        lengths = {"references": len(self.references)} | {name: len(values) for name, values in self.columns.items()}
+        for name, length in lengths.items():
+            if length != len(self.candidates):
+                raise ValueError(f"a batch of {len(self.candidates)} candidates has {length} {name}")
+
+    def study_ids(self) -> list[str]:
+        """The studies' ids, or the candidates' positions where the batch has no `study_id` column."""
+        return [str(name) for name in self.columns.get("study_id", range(len(self.candidates)))]
+
+
+def study_columns(studies: "Sequence[Study]") -> dict[str, list[Any]]:
+    """The columns that rewards receive for `studies`, in their order: `study_id`, STUDY_COLUMNS, then every key of
+    any study's `extra` (None where a study lacks it). A further column may not take the name of a study's field.
+
+    Raises ValueError naming the study whose `extra` has such a key.
+    """
+    columns: dict[str, list[Any]] = {"study_id": [study.id for study in studies]}
+    columns |= {name: [getattr(study, name) for study in studies] for name in STUDY_COLUMNS}
+    reserved = {*columns, "candidates", "references", "truncated"}
+    for study in studies:
+        if clash := sorted(reserved & set(study.extra)):
+            raise ValueError(f"study {study.id}: further column '{clash[0]}' has the name of a column that rewards get")
+    extras = dict.fromkeys(key for study in studies for key in study.extra)
+    return columns | {key: [study.extra.get(key) for study in studies] for key in extras}
+
+
+def validated_scores(name: str, returned: Any, study_ids: Sequence[str]) -> list[float | None]:
+    """What reward `name` returned for these samples, as plain floats and Nones.
+
+    Lists, tuples and arrays (anything with `tolist`) of numbers are taken; True and False count as 1 and 0.
+    Raises RewardError where the length differs or an element is neither a finite number nor None.
+    """
+    if hasattr(returned, "tolist"):
+        returned = returned.tolist()
+    if not isinstance(returned, (list, tuple)):
+        kind = type(returned).__name__
+        raise RewardError(f"reward '{name}' returned {kind}, expected a list of {len(study_ids)} numbers or None")
+    if len(returned) != len(study_ids):
+        raise RewardError(
+            f"reward '{name}' returned {len(returned)} scores for {len(study_ids)} candidates; expected one each "
+            "(None where it cannot judge)"
+        )
+    scores: list[float | None] = []
+    for index, value in enumerate(returned):
+        if value is None:
+            scores.append(None)
+        elif isinstance(value, Real) and math.isfinite(value):
+            scores.append(float(value))
+        else:
+            raise RewardError(
+                f"reward '{name}' returned {value!r} at index {index} (study {study_ids[index]}); expected a finite "
+                "number, or None where it cannot judge"
+            )
+    return scores

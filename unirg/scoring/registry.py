@@ -1,0 +1,190 @@
+"""Find a reward by name: an installed entry point, `path/to/file.py:function`, or `package.module:function`."""
+
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from unirg.scoring.contract import RewardError, ScoreFunction, validated_scores
+
+GROUP = "unirg.rewards"
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward ready to score, whichever of the contract's shapes it was written in.
+
+    `written` is the function or the instance as its author wrote it, `function` what computes the scores.
+    """
+
+    name: str
+    options: dict[str, Any]
+    written: Any
+    function: ScoreFunction
+
+    def setup(self) -> None:
+        """Let the reward load what it needs. Call once, before the first score."""
+        if setup := getattr(self.written, "setup", None):
+            setup()
+
+    @property
+    def deduplicate(self) -> bool:
+        """Whether identical candidates of one study may be scored once."""
+        return bool(getattr(self.written, "deduplicate", True))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Name, options and what the reward says of itself."""
+        return {"name": self.name, "options": self.options} | dict(getattr(self.written, "identity", None) or {})
+
+    def score(self, candidates: list[str], references: list[str], **columns: Any) -> list[float | None]:
+        """One finite number or None per candidate. A reward that takes no `**columns` gets those that it names.
+
+        Raises RewardError where the reward asks for a column that is not there or breaks the contract; what the
+        reward itself raises passes through.
+        """
+        ids = [str(name) for name in columns.get("study_id", range(len(candidates)))]
+        parameters = list(inspect.signature(self.function).parameters.values())
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            columns = {p.name: columns[p.name] for p in parameters if p.name in columns}
+        for parameter in parameters[2:]:
+            required = parameter.kind in _NAMED and parameter.default is inspect.Parameter.empty
+            if required and parameter.name not in columns:
+                raise RewardError(
+                    f"reward '{self.name}' needs '{parameter.name}', which is neither a column of the data nor an "
+                    "option given to it"
+                )
+        return validated_scores(self.name, self.function(candidates, references, **columns), ids)
+
+
+@dataclass(frozen=True)
+class InstalledReward:
+    """An entry point as `unirg rewards` lists it: what it measures and needs, or why it cannot be loaded."""
+
+    name: str
+    package: str
+    measures: str
+    needs: str
+    error: str | None = None
+
+
+def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
+    """The reward of that name with those options: classes are built with them, functions called with them.
+
+    Raises RewardError: nothing of that name (with the nearest names), code that fails to import, an unknown option.
+    """
+    options = dict(options or {})
+    written = _find(name)
+    named = _option_names(name, written)
+    for option in options:
+        if option not in named:
+            known = ", ".join(named) or "none"
+            raise RewardError(f"reward '{name}' has no option '{option}'{_nearest(option, named)} (options: {known})")
+    try:
+        built = written(**options) if inspect.isclass(written) else written
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"reward '{name}' cannot be built with options {options}: {error}") from error
+    if hasattr(built, "score"):
+        if options and not inspect.isclass(written):
+            raise RewardError(f"reward '{name}' is an object already built; it takes no options")
+        return Reward(name, options, built, built.score)
+    if not callable(built):
+        kind = type(built).__name__
+        raise RewardError(f"reward '{name}' is a {kind}, expected a function or a class with a `score` method")
+    return Reward(name, options, built, functools.partial(built, **options))
+
+
+def installed() -> list[InstalledReward]:
+    """Every installed reward, by name. One that cannot be imported is listed with its error."""
+    rewards = []
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        package = point.dist.name if point.dist else "?"
+        try:
+            written = point.load()
+        except Exception as error:  # a broken plug-in must not hide the others
+            rewards.append(InstalledReward(point.name, package, "", "", f"{type(error).__name__}: {error}"))
+            continue
+        first_line = (inspect.getdoc(written) or "").partition("\n")[0]
+        rewards.append(InstalledReward(point.name, package, first_line, str(getattr(written, "needs", ""))))
+    return rewards
+
+
+def _find(name: str) -> Any:
+    """The object that `name` names, imported."""
+    where, colon, attribute = name.rpartition(":")
+    if not colon:
+        return _load_entry_point(name)
+    try:
+        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except Exception as error:  # whatever the module's own code raises
+        raise RewardError(f"reward '{name}': {where} cannot be imported ({type(error).__name__}: {error})") from error
+    if not hasattr(module, attribute):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise RewardError(f"reward '{name}': {where} has no '{attribute}'{_nearest(attribute, functions)}")
+    return getattr(module, attribute)
+
+
+def _load_entry_point(name: str) -> Any:
+    points: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        points.setdefault(point.name, []).append(point)
+    if name not in points:
+        listed = ", ".join(sorted(points)) or "none"
+        raise RewardError(
+            f"no reward '{name}'{_nearest(name, points)}; installed: {listed}. A reward of your own is named "
+            "path/to/file.py:function or package.module:function"
+        )
+    if len({point.value for point in points[name]}) > 1:
+        owners = ", ".join(f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points[name])
+        raise RewardError(f"reward '{name}' is installed by several packages: {owners}; name one as module:class")
+            f"reward '{name}' is installed by several packages: {owners}; name the one as module:function"
+        )
+    try:
+        return points[name][0].load()
+    except Exception as error:  # whatever the plug-in's import raises
+        value = points[name][0].value
+        raise RewardError(f"reward '{name}' ({value}) cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The file as a module, executed once per process however often it is named."""
+    path = path.expanduser().resolve()
+    module_name = f"unirg_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None  # a name that ends in .py always has a loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickling look a module up by name while it runs
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _option_names(name: str, written: Any) -> list[str]:
+    """The options a reward takes: a class's constructor parameters, or a function's parameters after the two lists.
+    A function's named columns are among them, and are no harm there. `**columns` never stands for an option, so a
+    misspelt one is an error."""
+    if not callable(written):
+        return []
+    parameters = list(inspect.signature(written).parameters.values())
+    skipped = 0 if inspect.isclass(written) else 2
+    return [parameter.name for parameter in parameters[skipped:] if parameter.kind in _NAMED]
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return f" (nearest: {', '.join(near)})" if near else ""
