@@ -147,8 +147,6 @@ def _load_entry_point(name: str) -> Any:
     if len({point.value for point in points[name]}) > 1:
         owners = ", ".join(f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points[name])
         raise RewardError(f"reward '{name}' is installed by several packages: {owners}; name one as module:class")
-            f"reward '{name}' is installed by several packages: {owners}; name the one as module:function"
-        )
     try:
         return points[name][0].load()
     except Exception as error:  # whatever the plug-in's import raises
