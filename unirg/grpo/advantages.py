@@ -68,8 +68,9 @@ def advantages(
     care: a missing reward contributes 0, which is the group's mean.
 
     Rounding: rewards that are equal in exact arithmetic may differ in the last bits, and dividing by their standard
-    deviation makes a signal of it (the two normalisations of GDPO bring noise of 1e-8 to advantages near 0.5). A group
-    with a standard deviation below 1e-6 (relative to its largest reward, if that exceeds 1) has advantage 0.
+    deviation makes a signal of it (GDPO's two normalisations bring noise of 1e-8 to advantages near 0.5; NeMo-RL met
+    advantages of 2,000 that way, NVIDIA-NeMo/RL pull request 4158). A group with a standard deviation below 1e-6
+    (relative to its largest reward, if that exceeds 1) has advantage 0.
 
     Raises ValueError, naming the label, where labels, lengths or the group size do not fit.
     """
@@ -146,7 +147,7 @@ def _centre(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def most_extreme(advantages_N: Tensor, group_size: int, keep: int) -> Tensor:
     """Indices (S * keep, ascending, int64) of the `keep` reports of each group that vary most; train on these alone.
 
-    Max-variance down-sampling (PODS, arXiv 2504.13818, theorem 1 and algorithm 2): the subset of largest variance is
+    Max-variance down-sampling (PODS, arXiv 2504.13818): the subset of largest variance is
     always some of the highest together with some of the lowest, so `keep` + 1 candidates are enough. Of equals the
     earlier report is kept. Raises ValueError where `keep` or the group size does not fit.
     """
