@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 
+from unirg.errors import UserError
 from unirg.section import Section
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ STUDY_COLUMNS = (
 )
 
 
-class RewardError(ValueError):
+class RewardError(UserError):
     """A reward that cannot be found, built or run, or that broke the contract. The message names the reward."""
 
 
