@@ -1,7 +1,7 @@
 """Prompt: from a study to chat messages, and from a report's text back to its sections.
 
-The layout is that of UniRG (arXiv 2601.17151, the report generation prompt): context in, "Findings: ... Impression: ..."
-out. Which sections are asked for follows the study's reference: both, findings alone, or impression alone; a study
+The layout is that of UniRG (arXiv 2601.17151, the report generation prompt): context in, "Findings: ... Impression:
+..." out. Which sections are asked for follows the study's reference: both, findings alone, or impression alone; a study
 without a reference is asked for both.
 """
 
@@ -99,15 +99,12 @@ _HEADERS = {
     "impression": "impression",
     "impressions": "impression",
     "conclusion": "impression",
-    **dict.fromkeys(
-        ("examination", "exam", "indication", "history", "clinical history", "technique", "comparison", "comparisons")
-        + ("recommendation", "recommendations", "context"),
-        "rest",
-    ),
+    **dict.fromkeys(("examination", "exam", "indication", "history", "clinical history", "context"), "rest"),
+    **dict.fromkeys(("technique", "comparison", "comparisons", "recommendation", "recommendations"), "rest"),
 }
 _NAMES = "|".join(sorted((re.escape(name) for name in _HEADERS), key=len, reverse=True))
 # A header is a section's name, in any decoration (**Findings:**, ## Findings, [Findings]), followed by a colon, by a
-# dash between spaces, or by the end of a line that holds nothing else. "Findings are ..." and "findings-only" are prose.
+# dash between spaces, or by the end of a line that holds nothing else. "Findings are ..." is prose.
 _HEADER = re.compile(
     rf"(?P<lead>(?:(?<=\n)|(?<=\A))[^\w\n]*|\b)(?P<name>{_NAMES})\b"
     rf"(?P<tail>[*_#\])]*[^\S\n]*:[\s*_]*|[*_#\])]*[^\S\n]+[-\u2013\u2014]+(?=\s|\Z)[\s*_]*|[*_#\])]*[^\S\n]*(?:\n|\Z))",

@@ -31,7 +31,7 @@ KINDS = {
 }
 LATERAL = tuple(kind for kind, (_, sides, _, _) in KINDS.items() if "left" in sides)
 _COUNTS = (0.30, 0.25, 0.25, 0.13, 0.07)  # of 0, 1, 2, 3, 4 findings
-_INDICATIONS = ("chest pain", "cough", "dyspnea", "fever", "shortness of breath", "preoperative", "follow up", "weakness")
+_INDICATIONS = ("chest pain", "cough", "dyspnea", "fever", "shortness of breath", "preoperative", "weakness")
 
 
 class PhantomData(Section):

@@ -1,8 +1,8 @@
 """Drawn chest films: a grey frontal film from a list of findings, by plain geometry.
 
-Not a simulation of X-rays: a picture whose findings can be seen, are where they are said to be, and vary from patient to
-patient. The patient's right is on the left of the film, as radiologists read it. Coordinates run from 0 to 1 across the
-film, y downwards; levels from 0 (black, air) to 1 (white, dense).
+Not a simulation of X-rays: a picture whose findings can be seen, are where they are said to be, and vary from patient
+to patient. The patient's right is on the left of the film, as radiologists read it. Coordinates run from 0 to 1 across
+the film, y downwards; levels from 0 (black, air) to 1 (white, dense).
 """
 
 from collections.abc import Callable, Iterable
@@ -13,8 +13,8 @@ import numpy as np
 
 Grid = np.ndarray  # (size, size) float32
 Finding = tuple[str, str | None, str | None, str | None]
-"""(name, side "left" | "right" | "bilateral" | None, place | None, severity | None), as plain strings so that it pickles.
-Places of lung findings: "apex", "upper", "mid", "lower", "hilum"; of devices: "catheter", "pacemaker"."""
+"""(name, side "left" | "right" | "bilateral" | None, place | None, severity | None), plain strings that pickle. Places
+of lung findings: "apex", "upper", "mid", "lower", "hilum"; of devices: "catheter", "pacemaker"."""
 
 _LEVELS = {"small": 0.0, "mild": 0.0, "moderate": 0.5, "large": 1.0, "severe": 1.0}
 _HEIGHTS = {"apex": 0.2, "upper": 0.29, "mid": 0.48, "hilum": 0.48, "lower": 0.66}
@@ -85,8 +85,8 @@ def draw_film(findings: Iterable[Finding], seed: int, size: int = 96) -> np.ndar
         if name in _STROKES:
             _STROKES[name](film, side, place, severity)
     grain = film.rng.standard_normal((size, size), dtype=np.float32)
-    coarse = film.rng.standard_normal((size // 8, size // 8), dtype=np.float32)
-    film.level += 0.022 * grain + 0.02 * np.kron(coarse, np.ones((8, 8), np.float32))[:size, :size]
+    grain = 0.6 * grain + 0.4 * np.roll(grain, 1, 0) + 0.4 * np.roll(grain, 1, 1)  # film grain is not quite white
+    film.level += 0.022 * grain
     exposure = film.rng.uniform(0.92, 1.08)
     return (np.clip(film.level * exposure, 0, 1) * 255).astype(np.uint8)
 
@@ -182,12 +182,15 @@ def _effusion(film: _Film, side: str | None, place: str | None, severity: str | 
 def _pneumothorax(film: _Film, side: str | None, place: str | None, severity: str | None) -> None:
     for one in _sides(side):
         u = (film.x - 0.5) * (-1 if one == "right" else 1) / film.half_width
-        reach = 0.13 + 0.25 * _severity(severity) + film.rng.uniform(0, 0.03)
-        # distance from the lung's retracted edge: the air lies above and outside of it
-        gap = np.maximum(u - (1.0 - reach) + 0.25 * (film.top + 0.25 - film.y), film.top + reach * 0.75 - film.y)
-        air = _edge(gap, 0.012) * film.lungs[one] * _edge(0.62 + 0.2 * _severity(severity) - film.y, 0.1)
-        film.level += (0.06 - film.level) * 0.85 * air
-        film.level += 0.38 * np.exp(-((gap / 0.012) ** 2)) * film.lungs[one] * (film.y < 0.62)
+        reach = 0.13 + 0.22 * _severity(severity) + film.rng.uniform(0, 0.03)
+        # the retracted lung is a half ellipse on the spine; the air lies beyond its edge, widest at the apex
+        height = film.bases[one] + 0.02 - film.top
+        low = np.clip((film.bases[one] + 0.02 - film.y) / height, 0, 1)  # 0 at the base, 1 at the apex
+        inner = (1.0 - 0.5 * reach) * np.sqrt(np.maximum(1 - (low / (1.0 - 0.6 * reach)) ** 2.6, 0))
+        gap = u - inner
+        air = _edge(gap, 0.015) * film.lungs[one]
+        film.level += (0.05 - film.level) * 0.85 * air
+        film.level += 0.34 * np.exp(-((gap / 0.03) ** 2)) * film.lungs[one] * (low > 0.2)
 
 
 def _patch(film: _Film, side: str | None, place: str | None, radius: float, strength: float, power: float) -> None:
@@ -218,12 +221,14 @@ def _atelectasis(film: _Film, side: str | None, place: str | None, severity: str
 
 def _edema(film: _Film, side: str | None, place: str | None, severity: str | None) -> None:
     amount = 0.7 + 0.6 * _severity(severity)
-    size = film.level.shape[0]
-    cells = film.rng.random((size // 3 + 1, size // 3 + 1), dtype=np.float32)
-    strands = np.kron(cells, np.ones((3, 3), np.float32))[:size, :size]
+    # interstitial strands: waves of random direction, crossing
+    strands = np.zeros_like(film.level)
+    for turn in film.rng.uniform(0, np.pi, 5):
+        wave = 2 * np.pi * 11 * (np.cos(turn) * film.x + np.sin(turn) * film.y)
+        strands += np.sin(wave + film.rng.uniform(0, 6))
     for one in ("left", "right"):
         haze = _blob(film, film.across(one, 0.35), 0.53, 0.16, 0.24)
-        film.level += amount * (0.17 * haze + 0.16 * (strands - 0.3) * (0.35 + haze)) * film.lungs[one]
+        film.level += amount * (0.20 * haze + 0.035 * strands * (0.3 + haze)) * film.lungs[one]
 
 
 def _spot(film: _Film, side: str | None, place: str | None, radius: float, level: float) -> None:

@@ -171,7 +171,7 @@ def _fill(template: str, finding: Finding, style: Style) -> str:
         "device": _DEVICES.get(place or "", "device"),
     }
     text = template.format(**words, **{name.capitalize(): word.capitalize() for name, word in words.items()})
-    if side == "bilateral":  # "at the bilateral base" -> "at the bilateral bases", "a bilateral effusion" -> "bilateral"
+    if side == "bilateral":  # plural: "at the bilateral bases", "bilateral effusions are seen"
         text = text.replace(" base.", " bases.").replace(" base ", " bases ").replace("effusion is", "effusions are")
         text = text.replace("There is a ", "There are ").replace("A small", "Small").replace("A mod", "Mod")
         text = text.replace("A large", "Large").replace("pleural effusion.", "pleural effusions.")
