@@ -56,8 +56,8 @@ def test_on_policy_loss_by_hand() -> None:
         assert result.loss.item() == pytest.approx(value)
 
 
-def test_kl_is_k3_by_hand() -> None:
-    # log(pi_ref / pi) = log 2: 2 - log 2 - 1; its gradient at pi is 1 - 2 = -1
+def test_kl_is_k3_with_the_gradient_of_the_reverse_kl() -> None:
+    # log(pi_ref / pi) = log 2: the value is 2 - log 2 - 1, the gradient by log pi is log(pi / pi_ref) = -log 2
     logps_BT = torch.zeros(1, 1, requires_grad=True)
     result = grpo_loss(
         logps_BT,
@@ -71,7 +71,7 @@ def test_kl_is_k3_by_hand() -> None:
     assert result.metrics["kl"].item() == pytest.approx(1 - math.log(2))
     assert result.loss.item() == pytest.approx(0.5 * (1 - math.log(2)))
     (gradient,) = torch.autograd.grad(result.loss, logps_BT)
-    assert gradient.item() == pytest.approx(-0.5)
+    assert gradient.item() == pytest.approx(-0.5 * math.log(2))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_kl_without_a_reference_is_refused() -> None:
 
 
 def test_config_refuses_what_makes_no_sense() -> None:
-    for wrong in ({"kl": -0.1}, {"clip_low": 1.5}, {"correction_cap": 0.5}, {"kind": "ppo"}, {"beta": 0.1}):
+    for wrong in ({"kl": -0.1}, {"clip_low": 1.5}, {"clip_high": -0.1}, {"kind": "ppo"}, {"beta": 0.1}):
         with pytest.raises(ValidationError):
             LossConfig(**wrong)
 
