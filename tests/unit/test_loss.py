@@ -183,7 +183,14 @@ def test_kl_without_a_reference_is_refused() -> None:
 
 
 def test_config_refuses_what_makes_no_sense() -> None:
-    for wrong in ({"kl": -0.1}, {"clip_low": 1.5}, {"clip_high": -0.1}, {"kind": "ppo"}, {"beta": 0.1}):
+    for wrong in (
+        {"kl": -0.1},
+        {"clip_low": 1.5},
+        {"clip_high": -0.1},
+        {"correction_cap": 0.5},
+        {"kind": "ppo"},
+        {"beta": 0.1},
+    ):
         with pytest.raises(ValidationError):
             LossConfig(**wrong)
 

@@ -33,6 +33,13 @@ class LossConfig(Section):
     """The ratio is clipped above 1 + clip_high; unset means clip_low. DAPO's clip-higher is 0.28."""
     kl: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence from the reference policy (beta). 0: no reference policy is needed."""
+    correction: Literal["none", "truncate", "mask"] = "mask"
+    """What is done about a sampler whose probabilities differ from the trainer's: nothing, weigh by their ratio
+    truncated at `correction_cap`, or weigh by the ratio and leave out what lies above the cap."""
+    correction_level: Literal["token", "sequence"] = "sequence"
+    """One ratio per token, or their product over the report."""
+    correction_cap: float = Field(default=3.0, ge=1)
+    """The largest ratio trainer / sampler let through."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,8 @@ def grpo_loss(
     metrics = {}
     if reference_logps_BT is not None:
         difference_BT = (reference_logps_BT - logps_BT).masked_fill(~mask_BT, 0.0)
-        # The ratio weighs the estimate as it weighs the reward. Without it the gradient of k3 is not that of the KL; with
-        # it, it is (log pi - log pi_ref) d log pi on-policy, the reverse KL's (DeepSeek-V3.2, arXiv 2512.02556).
+        # The ratio weighs the estimate as it weighs the reward. Without it the gradient of k3 is not that of the KL;
+        # with it, it is (log pi - log pi_ref) d log pi on-policy, the reverse KL's (DeepSeek-V3.2, arXiv 2512.02556).
         kl_BT = ratio * (difference_BT.exp() - difference_BT - 1)
         metrics["kl"] = kl_BT.sum() / tokens
         if config.kl:
