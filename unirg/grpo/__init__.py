@@ -1,0 +1,1 @@
+"""Group relative policy optimisation: advantages, losses, the forward that gives log-probs, and the loop."""

@@ -1,0 +1,64 @@
+"""The dense forward: log-probs of given answers under the policy, one row per answer, each with its own copy of the prompt.
+
+Images are encoded once per study where the model allows it. Shapes: B answers, P padded prompt, T padded answer, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from unirg.grpo.loss import logps_and_entropy
+from unirg.policy import EncodedPrompt, Policy
+from unirg.rollout.hf import left_padded
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """Per-token log-probs and entropies of answers (B, T), zero where `mask_BT` is 0; entropies carry no gradient."""
+
+    logps_BT: torch.Tensor
+    entropies_BT: torch.Tensor
+    mask_BT: torch.Tensor
+
+
+def answer_logps(
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    answers: Sequence[Sequence[Sequence[int]]],
+    *,
+    temperature: float = 1.0,
+    model: torch.nn.Module | None = None,
+) -> AnswerScores:
+    """Log-probs of `answers[i]`, the token ids of the answers to `prompts[i]`; rows follow in that order.
+
+    `model` is what is called, where it is not `policy.model` itself (a DDP wrapper, a reference policy's model).
+    """
+    model = policy.model if model is None else model
+    rows = [i for i, group in enumerate(answers) for _ in group]
+    flat = [list(answer) for group in answers for answer in group]
+    batch = left_padded(policy, [prompts[i] for i in rows])
+    length = max(len(answer) for answer in flat)
+    ids_BT = torch.full((len(flat), length), policy.pad_id)
+    mask_BT = torch.zeros(len(flat), length, dtype=torch.long)
+    for row, answer in enumerate(flat):
+        ids_BT[row, : len(answer)] = torch.tensor(answer)
+        mask_BT[row, : len(answer)] = 1
+    ids_BT, mask_BT = ids_BT.to(policy.device), mask_BT.to(policy.device)
+    first_B = torch.tensor([prompts[i].next_position for i in rows], device=policy.device)
+    positions_BT = first_B[:, None] + torch.arange(length, device=policy.device)
+    if batch["position_ids"].dim() == 3:
+        positions_BT = positions_BT.expand(3, -1, -1)
+    keep = length + 1
+    takes_keep = "logits_to_keep" in policy.forward_takes
+    out = model(
+        input_ids=torch.cat([batch["input_ids"], ids_BT], dim=1),
+        attention_mask=torch.cat([batch["attention_mask"], mask_BT], dim=1),
+        position_ids=torch.cat([batch["position_ids"], positions_BT], dim=-1),
+        **policy.image_inputs(prompts, rows),
+        use_cache=False,
+        **({"logits_to_keep": keep} if takes_keep else {}),
+    )
+    logits_BTV = out.logits[:, -keep:-1]
+    logps_BT, entropies_BT = logps_and_entropy(logits_BTV, ids_BT, temperature, policy.banned_ids)
+    return AnswerScores(logps_BT * mask_BT, entropies_BT.detach() * mask_BT, mask_BT)

@@ -1,0 +1,321 @@
+"""The policy: a vision-language model with its processor, loaded from a folder or hub id, or built tiny; LoRA; freezing.
+
+Everything that depends on a model's architecture stands here: how a study becomes token ids and pixels, where positions
+go, which ids must never be sampled. Shapes: P prompt tokens, B rows, T tokens.
+"""
+
+import inspect
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.utils import is_torchvision_available
+
+from unirg.errors import UserError
+from unirg.prompt import PromptConfig, build_messages, prompt_images
+from unirg.section import Section
+from unirg.study import Study
+from unirg.tiny import TinyConfig, build_image_processor, build_model, build_tokenizer
+
+PROMPT_CACHE_BYTES = 2 << 30
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (peft); merged into the weights when a stage ends."""
+
+    rank: int = Field(16, gt=0)
+    """Rank of the adapters."""
+    alpha: int = Field(32, gt=0)
+    """Scale: the adapters' output is multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapters; 0 keeps sampled and trained log-probs equal."""
+    targets: str | list[str] = "all-linear"
+    """Module names, or `all-linear`; the vision tower is left out where it is frozen."""
+
+
+class PolicyConfig(Section):
+    """The policy: `model` names a Hugging Face folder or hub id, `tiny` builds a small one here."""
+
+    model: str | None = None
+    """A folder, or a hub id, of a Hugging Face image-text-to-text model."""
+    tiny: TinyConfig | None = None
+    """Builds a tiny Qwen3-VL with a tokenizer trained on the training reports."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the weights."""
+    freeze_vision: bool = False
+    """Leave the vision tower as it is in the sft and grpo stages."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward; weights and optimiser stay float32 under bfloat16 (autocast) unless LoRA is on."""
+    attention: str = "sdpa"
+    """Attention implementation: sdpa, eager, flash_attention_2, ... as transformers names them."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, more time."""
+    max_prompt_tokens: int = Field(4096, gt=0)
+    """A longer prompt is an error that names the study, before any training."""
+    image_size: int | None = Field(None, gt=0)
+    """Resize films so that they have about this many pixels a side; default what the model's processor does."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model's files."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "PolicyConfig":
+        if (self.model is None) == (self.tiny is None):
+            raise ValueError("policy: give either `model` (a folder or hub id) or `tiny` (sizes), and not both")
+        return self
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One study's prompt, processed once: `ids_P` with expanded image tokens, `positions_3P` for mRoPE models (else None),
+    `images` the processor's image tensors (first dimension: patches or images), `types_P` modality of each token."""
+
+    study_id: str
+    ids_P: torch.Tensor
+    positions_3P: torch.Tensor | None
+    types_P: torch.Tensor | None
+    images: Mapping[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.ids_P)
+
+    @property
+    def next_position(self) -> int:
+        """The position of the first answer token: for mRoPE one more than the largest so far, on all three axes."""
+        return len(self) if self.positions_3P is None else int(self.positions_3P.max()) + 1
+
+
+@dataclass
+class Policy:
+    """A model with its processor and what sampling and training must know of them.
+
+    `banned_ids` are image and video placeholders: a sampled one makes the next forward look for an image that is not
+    there, so they are removed from the softmax in sampling and in training alike.
+    """
+
+    model: Any
+    processor: Any
+    prompt: PromptConfig
+    config: PolicyConfig
+    eos_id: int
+    pad_id: int
+    banned_ids: tuple[int, ...]
+    _cache: "OrderedDict[int, tuple[Study, EncodedPrompt, int]]" = field(default_factory=OrderedDict)
+    _cached_bytes: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def base(self) -> Any:
+        """The transformers model inside adapter wrappers."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def forward_takes(self) -> Mapping[str, inspect.Parameter]:
+        """The keywords of the model's forward, as its class declares them (instances may be wrapped by autocast)."""
+        return inspect.signature(type(self.base).forward).parameters
+
+    def encode(self, study: Study) -> EncodedPrompt:
+        """The study's prompt, processed once and kept (up to 2 GiB of prompts, the oldest go first).
+
+        Raises UserError naming the study for a film that cannot be read and for a prompt that is too long.
+        """
+        kept = self._cache.get(id(study))
+        if kept is not None:
+            return kept[1]
+        prompt = self._encode(study)
+        size = sum(t.numel() * t.element_size() for t in prompt.images.values()) + 64 * len(prompt)
+        self._cache[id(study)] = (study, prompt, size)  # holding the study keeps its id() from being reused
+        self._cached_bytes += size
+        while self._cached_bytes > PROMPT_CACHE_BYTES and len(self._cache) > 1:
+            self._cached_bytes -= self._cache.popitem(last=False)[1][2]
+        return prompt
+
+    def _encode(self, study: Study) -> EncodedPrompt:
+        try:
+            images = [image.load() for image in prompt_images(study)]
+        except OSError as error:
+            raise UserError(f"study {study.id}: {error}") from error
+        text = self.processor.apply_chat_template(
+            build_messages(study, self.prompt), tokenize=False, add_generation_prompt=True
+        )
+        encoded = dict(self.processor(text=[text], images=images or None, return_tensors="pt"))
+        ids_P = encoded.pop("input_ids")[0]
+        encoded.pop("attention_mask", None)
+        types = encoded.pop("mm_token_type_ids", encoded.pop("token_type_ids", None))
+        types_P = None if types is None else types[0]
+        if len(ids_P) > self.config.max_prompt_tokens:
+            raise UserError(
+                f"study {study.id}: its prompt has {len(ids_P)} tokens, policy.max_prompt_tokens allows "
+                f"{self.config.max_prompt_tokens}; shorten the context, lower policy.image_size or raise the limit"
+            )
+        positions_3P = None
+        inner = getattr(self.base, "model", None)
+        if hasattr(inner, "get_rope_index"):
+            if "image_grid_thw" in encoded:
+                positions, _ = inner.get_rope_index(
+                    ids_P[None], mm_token_type_ids=types_P[None], image_grid_thw=encoded["image_grid_thw"]
+                )
+                positions_3P = positions[:, 0]
+            else:
+                positions_3P = torch.arange(len(ids_P)).expand(3, -1)
+        return EncodedPrompt(study.id, ids_P, positions_3P, types_P, encoded)
+
+    def answer_ids(self, text: str) -> list[int]:
+        """The tokens of a report and the end-of-turn token after it."""
+        return [*self.processor.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of sampled tokens, without special tokens."""
+        return self.processor.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def image_inputs(self, prompts: Sequence[EncodedPrompt], rows: Sequence[int]) -> dict[str, Any]:
+        """Image keywords for a forward over rows that belong to `prompts[i] for i in rows`.
+
+        Where the model takes features (`mm_encoder_outputs`, transformers 5.20+ on the Qwen family) each image is encoded
+        once and its features are shared by the rows; elsewhere its pixels are repeated.
+        """
+        if not any(prompts[i].images for i in rows):
+            return {}
+        device = self.device
+        names = next(p.images for p in prompts if p.images).keys()
+        shareable = len(rows) > len(prompts) and set(names) == {"pixel_values", "image_grid_thw"}
+        if shareable and "mm_encoder_outputs" in self.forward_takes:
+            grids = torch.cat([p.images["image_grid_thw"] for p in prompts if p.images]).to(device)
+            pixels = torch.cat([p.images["pixel_values"] for p in prompts if p.images]).to(device)
+            features = self.base.model.get_image_features(pixels, grids, return_dict=True)
+            first, spans = 0, []
+            for prompt in prompts:
+                count = len(prompt.images.get("image_grid_thw", ()))
+                spans.append(range(first, first + count))
+                first += count
+            order = [k for i in rows for k in spans[i]]
+            features.pooler_output = [features.pooler_output[k] for k in order]
+            if getattr(features, "deepstack_features", None) is not None:
+                features.deepstack_features = [[layer[k] for k in order] for layer in features.deepstack_features]
+            return {"mm_encoder_outputs": {"image": features}}
+        return {name: torch.cat([prompts[i].images[name] for i in rows if prompts[i].images]).to(device) for name in names}
+
+    def save(self, folder: Path) -> None:
+        """Writes an ordinary Hugging Face model folder (adapters merged), with its processor."""
+        model = self.model
+        if hasattr(model, "merge_and_unload"):
+            import copy
+
+            model = copy.deepcopy(model).merge_and_unload()
+        model.save_pretrained(folder, safe_serialization=True)
+        self.processor.save_pretrained(folder)
+        if not is_torchvision_available() and "Qwen" in type(self.processor).__name__:
+            # The video half needs torchvision and was never built; engines that serve the folder look for its settings.
+            settings = {"video_processor_type": "Qwen3VLVideoProcessor", "patch_size": 16, "merge_size": 2}
+            (folder / "video_preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def load_policy(
+    config: PolicyConfig,
+    prompt: PromptConfig,
+    *,
+    texts: Iterable[str] = (),
+    seed: int = 0,
+    folder: Path | None = None,
+) -> Policy:
+    """Builds or loads the policy that `config` asks for; `folder`, where given, holds weights that a stage left.
+
+    `texts` trains the tiny policy's tokenizer (prompts and reports). Raises UserError where the model cannot be found.
+    """
+    source = folder or config.model
+    if source is None:
+        assert config.tiny is not None
+        tokenizer = build_tokenizer(texts, config.tiny.vocabulary)
+        processor = _qwen_processor(build_image_processor(config.tiny.image_size), tokenizer)
+        model = build_model(config.tiny, tokenizer, seed)
+    else:
+        try:
+            processor = load_processor(str(source), trust_remote_code=config.trust_remote_code)
+            model = AutoModelForImageTextToText.from_pretrained(
+                source,
+                attn_implementation=config.attention,
+                dtype=torch.bfloat16 if config.lora and config.dtype == "bfloat16" else torch.float32,
+                trust_remote_code=config.trust_remote_code,
+            )
+        except OSError as error:
+            raise UserError(f"policy.model: '{source}' cannot be loaded: {str(error).splitlines()[0]}") from error
+    if config.image_size is not None:
+        pixels = config.image_size**2
+        processor.image_processor.size = {"shortest_edge": pixels, "longest_edge": pixels}
+    model.set_attn_implementation(config.attention)
+    tower = vision_tower(model)
+    if config.freeze_vision and tower is not None:
+        tower.requires_grad_(False)
+    if config.lora is not None:
+        model = _with_lora(model, config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.config.use_cache = True
+    tokenizer = processor.tokenizer
+    names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+    banned = sorted({i for name in names if isinstance(i := getattr(model.config, name, None), int)})
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Policy(model, processor, prompt, config, int(tokenizer.eos_token_id), int(pad), tuple(banned))
+
+
+def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The model's processor; Qwen's without its video half where torchvision, which that half needs, is not installed."""
+    if is_torchvision_available():
+        return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    try:
+        return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (ImportError, ValueError, TypeError):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if not type(image_processor).__name__.startswith("Qwen"):
+            raise
+        return _qwen_processor(image_processor, tokenizer)
+
+
+def _qwen_processor(image_processor: Any, tokenizer: Any) -> Any:
+    """Qwen's own processor for text and images, built without a video processor."""
+    from transformers import Qwen3VLProcessor
+
+    class ImageOnlyQwenProcessor(Qwen3VLProcessor):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name == "video_processor" and argument is None:
+                return None
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+    ImageOnlyQwenProcessor.__name__ = "Qwen3VLProcessor"  # the name that save_pretrained writes
+    return ImageOnlyQwenProcessor(image_processor, tokenizer, None, chat_template=tokenizer.chat_template)
+
+
+def vision_tower(model: Any) -> Any | None:
+    """The vision tower of a transformers model, by the names that its families use; None where there is none."""
+    for holder in (getattr(model, "model", None), model):
+        for name in ("visual", "vision_tower", "vision_model"):
+            if hasattr(holder, name):
+                return getattr(holder, name)
+    return None
+
+
+def _with_lora(model: Any, config: PolicyConfig) -> Any:
+    """`model` with fresh adapters on its linear layers."""
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("policy.lora needs peft: pip install 'unirg[lora]'") from error
+    assert config.lora is not None
+    settings = peft.LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.targets,
+        exclude_modules=r".*(visual|vision_tower|vision_model).*" if config.freeze_vision else None,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, settings)

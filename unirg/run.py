@@ -1,0 +1,173 @@
+"""The run folder: resolved recipe, manifest, metrics, checkpoints that are whole or not there at all.
+
+    RUN/recipe.yaml  manifest.json  metrics.jsonl  report.html
+    RUN/stages/<stage>/metrics.jsonl  step-000050/ ...  latest  final/
+    RUN/rollouts/<stage>/step-000050.parquet   RUN/predictions/<split>/<stage>.jsonl   RUN/evaluation/<split>.json
+"""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from unirg.errors import UserError
+
+KEPT_CHECKPOINTS = 2
+PACKAGES = ("unirg", "torch", "transformers", "accelerate", "trl", "peft", "datasets", "numpy", "pillow", "radgraph", "vllm")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes `text` so that a reader, or a kill, finds the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def stage_folder(run: Path, stage: str) -> Path:
+    """Where a stage keeps its checkpoints."""
+    return run / "stages" / stage
+
+
+def final_folder(run: Path, stage: str) -> Path:
+    """The Hugging Face model folder that a finished stage leaves; it exists only when it is whole."""
+    return stage_folder(run, stage) / "final"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on, where installed."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def open_run(run: Path, recipe: str, free: tuple[str, ...] = ("jobs", "threads", "output", "trackers")) -> None:
+    """Makes the folder and writes the resolved recipe (YAML), or checks that the folder is of the same recipe.
+
+    Raises UserError naming the keys that differ from the run that the folder already holds; keys in `free` may.
+    """
+    import yaml
+
+    path = run / "recipe.yaml"
+    if path.exists():
+        old, new = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(recipe)
+        differing = [key for key in _differences(old, new) if key.split(".")[0] not in free]
+        if differing:
+            raise UserError(
+                f"{run}: holds a run of another recipe (differs in {', '.join(differing[:6])}); "
+                "choose another `output`, or remove the folder"
+            )
+    write_atomically(path, recipe)
+
+
+def _differences(old: Any, new: Any, at: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(a, b, f"{at}.{i}")]
+    return [] if old == new else [at]
+
+
+def update_manifest(run: Path, **entries: Any) -> None:
+    """Adds entries to manifest.json (versions and the time of the first start are always there)."""
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"started": _now()}
+    manifest |= {"versions": package_versions(), "platform": platform.platform(), "cpus": os.cpu_count()}
+    for key, value in entries.items():
+        known = manifest.get(key)
+        manifest[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+    write_atomically(path, json.dumps(manifest, indent=1, default=str) + "\n")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
+    """Adds one step's metrics to the stage's metrics.jsonl."""
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """A metrics.jsonl's records; a last line that a kill cut short is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def forget_metrics_after(folder: Path, step: int) -> None:
+    """Drops what was logged after the checkpoint that a resumed stage goes on from."""
+    kept = [record for record in read_metrics(folder) if record["step"] <= step]
+    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def gather_metrics(run: Path, stages: list[str]) -> None:
+    """Writes RUN/metrics.jsonl, all stages' metrics one after another."""
+    records = [record for stage in stages for record in read_metrics(stage_folder(run, stage))]
+    write_atomically(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+def save_checkpoint(
+    folder: Path, step: int, weights: Mapping[str, torch.Tensor], optimiser: Mapping[str, Any], state: Mapping[str, Any]
+) -> None:
+    """A checkpoint after `step` steps, as folder/step-000050, moved into place when it is on disk; `latest` names it.
+
+    `state` is JSON. The last two are kept.
+    """
+    name = f"step-{step:06d}"
+    part = folder / f".{name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, part / "weights.safetensors")
+    torch.save(optimiser, part / "optimiser.pt")
+    (part / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+    for file in part.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    shutil.rmtree(folder / name, ignore_errors=True)
+    part.rename(folder / name)
+    write_atomically(folder / "latest", name + "\n")
+    for old in sorted(folder.glob("step-*"))[:-KEPT_CHECKPOINTS]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]] | None:
+    """(weights, optimiser state, state) of the checkpoint that `latest` names; None where the stage has none."""
+    latest = folder / "latest"
+    if not latest.exists():
+        return None
+    checkpoint = folder / latest.read_text(encoding="utf-8").strip()
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    optimiser = torch.load(checkpoint / "optimiser.pt", map_location="cpu", weights_only=True)
+    return load_file(checkpoint / "weights.safetensors"), optimiser, state
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Removes the checkpoints of a finished stage: its `final` folder is what is needed from then on."""
+    for old in folder.glob("step-*"):
+        shutil.rmtree(old)
+    (folder / "latest").unlink(missing_ok=True)

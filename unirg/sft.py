@@ -1,0 +1,46 @@
+"""Supervised fine-tuning: the mean negative log-likelihood of the studies' reports, as a loss of our own loop."""
+
+import torch
+
+from unirg.errors import UserError
+from unirg.grpo.forward import answer_logps
+from unirg.prompt import report_text
+from unirg.study import Study
+from unirg.training import StageRun, optimise
+
+
+def run_sft(work: StageRun, evaluate) -> None:  # type: ignore[no-untyped-def]
+    """Trains `work.policy` on the reports of `work.studies` for the stage's steps.
+
+    Raises UserError naming a study whose report is empty.
+    """
+    policy = work.policy
+    answers: dict[str, list[int]] = {}
+
+    def answer(study: Study) -> list[int]:
+        if study.id not in answers:
+            text = report_text(study)
+            if not text:
+                raise UserError(f"study {study.id}: has neither findings nor impression to learn from")
+            answers[study.id] = policy.answer_ids(text)
+        return answers[study.id]
+
+    def step_metrics(step: int) -> dict[str, float]:
+        everyones = work.step_studies(step)
+        tokens = sum(len(answer(study)) for study in everyones)  # of the whole step: shares of the loss add up
+        total = torch.zeros((), device=policy.device)
+        policy.model.train()
+        for studies in work.micro_batches(work.mine(everyones)):
+            with work.accelerator.autocast():
+                scores = answer_logps(
+                    policy,
+                    [policy.encode(study) for study in studies],
+                    [[answer(study)] for study in studies],
+                    model=work.model,
+                )
+                loss = -scores.logps_BT.sum() / tokens
+            work.backward(loss)
+            total += loss.detach()
+        return {"loss": float(work.accelerator.reduce(total, "sum")), "num_tokens": float(tokens)}
+
+    optimise(work, policy.model, step_metrics, evaluate=evaluate)

@@ -1,0 +1,275 @@
+"""A recipe's stages, in order or side by side; then the evaluation and the report.
+
+    unirg train recipes/x.yaml a.b=c
+    torchrun --nproc-per-node 2 -m unirg train recipes/x.yaml
+
+Each stage starts from another stage's final policy, so the stages are a tree; those that do not wait for each other may
+run at once (`jobs`). Started again on the same folder, the run goes on where it was.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from unirg import run as run_folder
+from unirg.data import fingerprint, load_studies
+from unirg.data.command import check_studies
+from unirg.errors import UserError
+from unirg.policy import Policy, load_policy
+from unirg.prompt import build_messages, report_text
+from unirg.recipe.load import dump_recipe, load_recipe
+from unirg.recipe.schema import GrpoStage, Recipe, SftStage, StageConfig, VisionStage
+from unirg.rollout import generate_reports
+from unirg.rollout.hf import HFSampler
+from unirg.scoring.engine import ScoringEngine
+from unirg.study import Study
+from unirg.training import StageRun, console
+
+INITIAL = "policy"
+
+
+def train(recipe: Path, overrides: Sequence[str] = ()) -> int:
+    """Runs a recipe file to its report. Bad recipes and bad data are UserErrors before any training time is spent."""
+    resolved = load_recipe(recipe, overrides)
+    run = Path(resolved.output)
+    main = int(os.environ.get("RANK", "0")) == 0
+    if main:
+        run_folder.open_run(run, dump_recipe(resolved))
+        check(resolved)
+    waiting = [stage for stage in resolved.stages if not run_folder.final_folder(run, stage.name).exists()]
+    if waiting:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or resolved.jobs == 1:
+            for stage in waiting:
+                run_stage(resolved, run, stage)
+        else:
+            run_side_by_side(resolved, run, waiting)
+    if main:
+        finish(resolved, run)
+    return 0
+
+
+def check(recipe: Recipe) -> None:
+    """Reads all training data once: raises UserError with every study that cannot be trained on, and checks that rewards
+    and policy can be loaded and that prompts fit. Nothing has been trained by then."""
+    for stage in recipe.stages:
+        if isinstance(stage, GrpoStage):
+            ScoringEngine(stage.rewards)
+    if recipe.evaluation.metrics:
+        ScoringEngine(recipe.evaluation.metrics)
+    policy = None
+    for config in unique([stage.data or recipe.data for stage in recipe.stages]):
+        studies = load_studies(config, "train")
+        if not studies:
+            raise UserError("the split 'train' has no studies")
+        problems = [f"study {problem.study}: {problem.what}" for problem in check_studies(studies)]
+        if problems:
+            more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+            raise UserError("\n".join(problems[:20] + more))
+        if policy is None:
+            policy = initial_policy(recipe, None, studies)
+        for study in longest(studies):
+            policy.encode(study)
+
+
+def longest(studies: Sequence[Study], count: int = 50) -> list[Study]:
+    """The studies with the most text in their prompts: if one prompt is too long, one of these is."""
+
+    def size(study: Study) -> int:
+        prior = report_text(study.prior) if study.prior else ""
+        images = len(study.images) + (len(study.prior.images) if study.prior else 0)
+        context = (study.indication, study.comparison, study.technique, prior)
+        return sum(len(text or "") for text in context) + 1000 * images
+
+    return sorted(studies, key=size, reverse=True)[:count]
+
+
+def unique(items: Sequence) -> list:  # type: ignore[type-arg]
+    """The items without repetition, in order (configs are not all hashable)."""
+    return [item for i, item in enumerate(items) if item not in items[:i]]
+
+
+def run_side_by_side(recipe: Recipe, run: Path, waiting: list[StageConfig]) -> None:
+    """Runs stages as processes of their own, `jobs` at a time, each as soon as the stages that it needs are done.
+
+    A stage that fails does not stop those that run; then the error is raised. Ctrl-C ends them all; checkpoints stay.
+    """
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    failed: list[str] = []
+    threads = recipe.threads or max(1, (os.cpu_count() or 1) // recipe.jobs)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    queue = list(waiting)
+    try:
+        while queue or running:
+            for stage in list(queue):
+                needs = needed(recipe, stage)
+                ready = all(run_folder.final_folder(run, name).exists() for name in needs)
+                if ready and not failed and len(running) < recipe.jobs:
+                    command = [sys.executable, "-m", "unirg.stages", str(run), stage.name]
+                    running[stage.name] = subprocess.Popen(command, env=environment)
+                    queue.remove(stage)
+            if not running:
+                break
+            for name, process in list(running.items()):
+                try:
+                    if process.wait(timeout=0.2) != 0:
+                        failed.append(name)
+                    del running[name]
+                except subprocess.TimeoutExpired:
+                    continue
+    finally:
+        for process in running.values():
+            process.terminate()
+    if failed:
+        raise UserError(f"stage {', '.join(failed)} failed (its error stands above); the same command goes on from there")
+
+
+def needed(recipe: Recipe, stage: StageConfig) -> set[str]:
+    """The stages that must be finished before this one can run."""
+    needs = {recipe.start_of(stage)}
+    if isinstance(stage, GrpoStage) and stage.loss.kl and stage.kl.reference != "start":
+        needs.add(stage.kl.reference)
+    return needs - {INITIAL}
+
+
+def start_folder(recipe: Recipe, run: Path, stage: StageConfig) -> Path | None:
+    """The model folder that the stage starts from; None for a policy as the recipe's `policy` gives it."""
+    start = recipe.start_of(stage)
+    return None if start == INITIAL else run_folder.final_folder(run, start)
+
+
+def initial_policy(recipe: Recipe, folder: Path | None, studies: Sequence[Study]) -> Policy:
+    """The policy as built or loaded, or as the stage that left `folder` left it."""
+    texts: list[str] = []
+    if folder is None and recipe.policy.model is None:
+        for study in studies:
+            parts = build_messages(study, recipe.prompt)[0]["content"]
+            texts += [part["text"] for part in parts if part["type"] == "text"] + [report_text(study)]
+    return load_policy(recipe.policy, recipe.prompt, texts=texts, seed=recipe.seed, folder=folder)
+
+
+def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
+    """One stage, from its checkpoint if it has one, to its final model folder."""
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if recipe.policy.dtype == "bfloat16" else "no",
+        cpu=not torch.cuda.is_available(),
+        log_with=list(recipe.trackers) or None,
+        project_dir=str(run),
+    )
+    world = accelerator.num_processes
+    per_rank = stage.studies_per_step // world
+    if stage.studies_per_step % world or (stage.studies_per_forward and per_rank % min(per_rank, stage.studies_per_forward)):
+        raise UserError(
+            f"stage {stage.name}: studies_per_step {stage.studies_per_step} must divide evenly by {world} ranks"
+            + (f" and studies_per_forward {stage.studies_per_forward}" if stage.studies_per_forward else "")
+        )
+    if recipe.trackers:
+        accelerator.init_trackers(recipe.name, init_kwargs={"wandb": {"name": f"{recipe.name}-{stage.name}"}})
+    config = stage.data or recipe.data
+    studies = load_studies(config, "train")
+    start = start_folder(recipe, run, stage)
+    # The tokenizer is trained on the recipe's own training texts, whatever the first stage reads.
+    corpus = studies if start or config == recipe.data else load_studies(recipe.data, "train")
+    policy = initial_policy(recipe, start, corpus)
+    policy.model.to(accelerator.device)
+    work = StageRun(recipe, stage, run, accelerator, policy, studies)
+    if accelerator.is_main_process:
+        run_folder.update_manifest(run, seed=recipe.seed, data={stage.name: fingerprint(studies)}, world_size=world)
+        console.print(f"[bold]{stage.name}[/bold]  {stage.kind}, {stage.steps} steps, from {recipe.start_of(stage)}", highlight=False)  # type: ignore[attr-defined]
+    if isinstance(stage, VisionStage):
+        if (tower := getattr(policy.base.model, "visual", None)) is not None:
+            tower.requires_grad_(True)
+        from unirg.vision import run_vision
+
+        run_vision(work)
+    else:
+        work.model = accelerator.prepare_model(policy.model)
+        evaluate = dev_evaluation(work) if stage.evaluate_every else None
+        if isinstance(stage, SftStage):
+            from unirg.sft import run_sft
+
+            run_sft(work, evaluate)
+        else:
+            assert isinstance(stage, GrpoStage)
+            from unirg.grpo.loop import load_reference, run_grpo
+
+            engine = ScoringEngine(stage.rewards)
+            if accelerator.is_main_process:
+                run_folder.update_manifest(run, rewards={stage.name: engine.identities()})
+            sampler = HFSampler(policy, stage.sampling.rows_per_forward)
+            run_grpo(work, sampler, engine, evaluate, load_reference(work, start))
+    if accelerator.is_main_process:
+        final = run_folder.final_folder(run, stage.name)
+        part = final.with_name(".final.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        policy.save(part)
+        part.rename(final)
+        run_folder.clear_checkpoints(work.folder)
+    accelerator.wait_for_everyone()
+    if recipe.trackers:
+        accelerator.end_training()
+
+
+def dev_evaluation(work: StageRun):  # type: ignore[no-untyped-def]
+    """A function that writes greedy reports of dev studies with the policy as it stands and returns their figures."""
+    from unirg.evaluation.evaluate import measure
+
+    config = work.recipe.evaluation
+    studies = load_studies(work.recipe.data, "dev")[: work.stage.evaluate_studies]
+    if not studies:
+        raise UserError(f"stage {work.stage.name}: evaluate_every is set, and the split 'dev' has no studies")
+    engine = ScoringEngine(config.metrics) if config.metrics else None
+    limit = report_limit(work.recipe)
+
+    def evaluate() -> dict[str, float]:
+        reports = generate_reports(work.policy, work.mine(studies), max_new_tokens=limit, batch_size=config.batch_size)
+        texts = {report.id: report.text for report in reports}
+        if work.accelerator.num_processes > 1:
+            texts = {key: text for share in gather_object([texts]) for key, text in share.items()}
+        statistics = measure(studies, texts, engine).statistics
+        wanted = [config.headline, *[metric.log_label for metric in config.metrics], "length", "duplicates"]
+        if config.headline not in statistics:
+            raise UserError(f"evaluation.headline '{config.headline}' is no figure; there are: {', '.join(statistics)}")
+        return {name: statistics[name].value for name in dict.fromkeys(wanted) if name in statistics}
+
+    return evaluate
+
+
+def report_limit(recipe: Recipe) -> int:
+    """The longest report in evaluation, in tokens: the recipe's, else the last GRPO stage's limit, else 256."""
+    if recipe.evaluation.max_new_tokens is not None:
+        return recipe.evaluation.max_new_tokens
+    limits = [stage.sampling.max_new_tokens for stage in recipe.stages if isinstance(stage, GrpoStage)]
+    return limits[-1] if limits else 256
+
+
+def finish(recipe: Recipe, run: Path) -> None:
+    """Gathers metrics, evaluates the configured splits and writes the report."""
+    from unirg.evaluation.command import evaluate
+    from unirg.report import build
+
+    run_folder.gather_metrics(run, [stage.name for stage in recipe.stages])
+    for split in recipe.evaluation.splits:
+        evaluate(run, split)
+    console.print(f"report: {build(run)}")
+
+
+if __name__ == "__main__":
+    _run, _stage = Path(sys.argv[1]), sys.argv[2]
+    _recipe = load_recipe(_run / "recipe.yaml")
+    try:
+        run_stage(_recipe, _run, next(stage for stage in _recipe.stages if stage.name == _stage))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except UserError as error:
+        print(f"stage {_stage}: {error}", file=sys.stderr)
+        sys.exit(2)
