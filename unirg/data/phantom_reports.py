@@ -41,7 +41,7 @@ STYLES: dict[str, Style] = {
         absent={
             "cardiomegaly": ("The heart is normal in size.", "Heart size is within normal limits."),
             "edema": ("There is no pulmonary edema.",),
-            "opacity": ("There is no focal consolidation.", "No focal airspace disease."),
+            "opacity": ("There is no focal opacity.", "No focal airspace opacity."),
             "effusion": ("There is no pleural effusion.",),
             "pneumothorax": ("There is no pneumothorax.",),
         },
@@ -62,7 +62,7 @@ STYLES: dict[str, Style] = {
         },
         absent={
             "cardiomegaly": ("Heart size normal.", "Normal heart size."),
-            "opacity": ("No consolidation.",),
+            "opacity": ("No focal opacity.",),
             "effusion": ("No effusion.",),
             "pneumothorax": ("No pneumothorax.",),
         },
@@ -83,7 +83,7 @@ STYLES: dict[str, Style] = {
             "device": ("{Device} is noted.",),
         },
         absent={
-            "opacity": ("The lungs are without focal consolidation.", "No focal consolidation is seen."),
+            "opacity": ("The lungs are without focal opacity.", "No focal opacity is seen."),
             "nodule": ("No suspicious pulmonary nodule.",),
             "effusion": ("No pleural effusion is seen.",),
             "pneumothorax": ("No pneumothorax is seen.",),
@@ -106,7 +106,7 @@ STYLES: dict[str, Style] = {
         },
         absent={
             "cardiomegaly": ("The cardiac silhouette is normal.",),
-            "opacity": ("There is no consolidation.", "No airspace consolidation."),
+            "opacity": ("There is no airspace opacity.", "No focal opacities."),
             "effusion": ("No evidence of pleural effusion.",),
             "pneumothorax": ("No evidence of pneumothorax.",),
         },
