@@ -1,0 +1,157 @@
+"""From a report to its mentions of findings: `extract`."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .attributes import MODIFIERS, Window, place, severity, side, windows
+from .cues import ANATOMY, BOTH_SIDES, CUES, PLACES, PREDICATES, SAID, SEVERITIES, SIDES
+from .lexicon import DENIED_ONLY, PHRASES
+from .phrases import TOKEN, Item, Trie, add, scan
+from .scope import ASKED, polarities
+from .sentences import fold, sentences
+
+_FLIPPED = {"positive": "negative", "negative": "positive", "uncertain": "negative"}
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """One finding that a report affirms, denies or doubts.
+
+    `finding` is a name of `FINDINGS`; `polarity` is "positive", "negative" or "uncertain"; `side` is "left", "right" or
+    "bilateral"; `place` ("lower lobe", "base", ...) and `severity` ("small", "moderate", ...) are canonical words (see
+    `cues.py`); all three are None where unsaid. `text` is `report[start:end]`.
+    """
+
+    finding: str
+    polarity: str
+    side: str | None
+    place: str | None
+    severity: str | None
+    start: int
+    end: int
+    text: str
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.strip().splitlines()]
+
+
+def _enter(trie: Trie, table: dict[str, str], kind: str | None) -> None:
+    for name, text in table.items():
+        add(trie, _lines(text), kind or name, tuple(name.split("+")) if kind in ("finding", "only_denied") else name)
+
+
+def _modifiers() -> Trie:
+    trie: Trie = {}
+    for table, kind in ((SIDES, "side"), (PLACES, "place"), (BOTH_SIDES, "both_sides"), (SEVERITIES, "severity")):
+        _enter(trie, table, kind)
+    return trie
+
+
+def _all() -> Trie:
+    trie = _modifiers()
+    for table, kind in ((PHRASES, "finding"), (DENIED_ONLY, "only_denied"), (ANATOMY, "anatomy")):
+        _enter(trie, table, kind)
+    _enter(trie, PREDICATES, "predicate")
+    _enter(trie, CUES, None)
+    return trie
+
+
+_TRIE = _all()
+_MODIFIERS_ALONE = (
+    _modifiers()
+)  # for modifiers inside a finding's own phrase: "blunting of the left costophrenic angle"
+
+
+@lru_cache(maxsize=16384)
+def extract(report: str) -> tuple[Mention, ...]:
+    """All findings that the report mentions, in order of the text. Cached; never raises on any str.
+
+    Text under headings that do not tell what the images show (indication, history, comparison, technique,
+    recommendation) and findings that are only asked about ("rule out pneumonia") are left out. A statement of
+    normality denies what it rules out: "heart size is normal" gives cardiomegaly, negative; "lungs are clear" opacity,
+    negative; "no acute cardiopulmonary process" abnormality, negative.
+    """
+    folded = fold(report)
+    mentions = []
+    for begin, end in sentences(folded):
+        for finding, polarity, where, spot, degree, first, last in _read(folded[begin:end]):
+            first, last = first + begin, last + begin
+            mentions.append(Mention(finding, polarity, where, spot, degree, first, last, report[first:last]))
+    mentions.sort(key=lambda mention: mention.start)
+    return tuple(mentions)
+
+
+Found = tuple[str, str, str | None, str | None, str | None, int, int]
+
+
+@lru_cache(maxsize=65536)
+def _read(sentence: str) -> tuple[Found, ...]:
+    """The mentions of one folded sentence, with positions inside it."""
+    tokens = list(TOKEN.finditer(sentence))
+    words = [token.group() for token in tokens]
+    items = scan(words, _TRIE)
+    if not any(item.kind in ("finding", "only_denied", "predicate", "anatomy") for item in items):
+        return ()
+    states = polarities(items, words)
+    found: list[Found] = []
+
+    def note(finding: str, polarity: str, window: Window, first: int, last: int) -> None:
+        degree = severity(*window) if polarity != "negative" else None  # "no large effusion" has no size
+        found.append(
+            (finding, polarity, side(*window), place(*window), degree, tokens[first].start(), tokens[last - 1].end())
+        )
+
+    for n, window in windows(items).items():
+        item, state = items[n], states[n]
+        inside = scan(words[item.first : item.last], _MODIFIERS_ALONE) if item.last - item.first > 1 else []
+        if state == ASKED or state is None or (item.kind == "only_denied" and state != "negative"):
+            continue
+        for finding in item.value:
+            note(finding, state, (window[0] + inside, window[1]), item.first, item.last)
+    for subject, predicate, state in _statements(items, states, words):
+        for finding, polarity in SAID[subject.value].get(predicate.value, ()):
+            if state == "negative":
+                if polarity == "negative":
+                    continue  # "not clear" says too little
+                polarity = "negative"
+            elif state == "uncertain" and polarity == "positive":
+                polarity = "uncertain"
+            near = [item for item in items if item.kind in MODIFIERS and -3 <= item.first - predicate.first <= 1]
+            first, last = min(subject.first, predicate.first), max(subject.last, predicate.last)
+            note(finding, polarity, (near, []), first, last)
+    return tuple(found)
+
+
+def _statements(items: list[Item], states: list[str | None], words: list[str]) -> list[tuple[Item, Item, str]]:
+    """(anatomy, predicate, state) for what is said of anatomy: "heart size is normal", "clear lungs"."""
+    said = []
+    waiting: list[Item] = []  # anatomy with nothing said of it yet in this clause
+    last: list[Item] = []  # the subjects of the clause's last predicate
+    forward: tuple[Item, str] | None = None  # a predicate whose anatomy follows ("normal heart and mediastinum")
+    for n, item in enumerate(items):
+        kind = item.kind
+        if kind == "anatomy":
+            if forward is not None:
+                said.append((item, *forward))
+                last.append(item)
+            else:
+                waiting.append(item)
+        elif kind == "predicate" or (kind == "severity" and item.value == "large" and waiting):
+            predicate = item if kind == "predicate" else Item("predicate", "enlarged", item.first, item.last)
+            state = states[n] or "positive"
+            forward = None
+            following = next((each for each in items[n + 1 : n + 3] if each.kind not in MODIFIERS), None)
+            if waiting:
+                last, waiting = waiting, []
+                said.extend((subject, predicate, state) for subject in last)
+            elif following is not None and following.kind == "anatomy" and following.first - item.last <= 2:
+                forward, last = (predicate, state), []
+            else:
+                said.extend((subject, predicate, state) for subject in last)
+        elif kind in ("end", "finding", "verb", "deny", "with"):
+            if kind != "verb" and kind != "deny":
+                waiting = waiting if kind == "end" and words[item.first] in ("there", "has") else []
+                last = [] if kind != "end" else last
+            forward = None
+    return [each for each in said if each[2] != ASKED]
