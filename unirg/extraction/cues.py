@@ -71,12 +71,14 @@ CUES: dict[str, str] = {
         does not|can not exclude
         can not rule out
         not rule out
+        possibly|likely|probably|perhaps|presumably|probable|xxxx due|secondary|related to
+        may|might|could|can be secondary|due|related to
         most? xxxx represent|represents|representing|reflect|reflects|reflecting|due|related to?
         differential includes|include|considerations|diagnosis? includes|include?
         versus|vs
     """,
     "doubted": f"""
-        cannot|can't|not|never be? completely|entirely|definitely|totally? excluded
+        cannot|can't|not|never be? completely|entirely|definitely|definitively|totally|confidently|reliably? excluded
         can not be? completely|entirely? excluded
         cannot|can't be ruled out
         can not be ruled out
@@ -92,7 +94,7 @@ CUES: dict[str, str] = {
         rule out
         r / o
         evaluate|evaluation|eval|assess|assessment|check|look|looking|query for?
-        to exclude|evaluate|assess
+        to? exclude|evaluate|assess
         history of|for?
         known history of
         h / o
@@ -140,6 +142,7 @@ CUES: dict[str, str] = {
         in line
         tip of
     """,
+    "not": "not|isn't|aren't|hardly",
     "or": """
         or|/
         and / or
@@ -257,16 +260,15 @@ PREDICATES: dict[str, str] = {
         not remarkable
         normal size
         stable and? normal
+        at|near? the? upper|high|top limits|limit|normal of? normal?
+        upper|top normal
+        top normal limits|size
     """,
     "clear": "clear|well aerated|expanded|inflated|ventilated\nclear\nclear bilaterally\nfree of disease",
     "enlarged": "enlarged|enlargement|big|increased|enlarging",
     "prominent": "prominent|prominence|full|fullness|engorged|congested|distended|indistinct|plethoric",
     "borderline": """
         borderline|borderline enlarged|enlargement|large|size|prominent|increased
-        upper|high limits|limit|normal of? normal?
-        upper limits
-        at the? upper limits|limit of? normal?
-        top normal
         mildly prominent
     """,
     "widened": "widened|wide|widening",

@@ -41,8 +41,6 @@ PHRASES: dict[str, str] = {
         edema|oedema
         pulmonary|alveolar|interstitial edema|oedema
         kerley b? line|lines
-        septal lines
-        fluid|volume overload
     """,
     "heart_failure": """
         heart failure
@@ -55,6 +53,8 @@ PHRASES: dict[str, str] = {
         congestion
         pulmonary? vascular|venous congestion|engorgement|prominence|redistribution|hypertension
         pulmonary congestion|engorgement
+        fluid|volume overload
+        septal lines
         cephalization
         cephalisation
         prominence of the? central? pulmonary? vasculature|vascularity|vessels
@@ -78,10 +78,12 @@ PHRASES: dict[str, str] = {
     """,
     "emphysema": """
         emphysema|emphysematous
+    """,
+    "copd": """
         copd
         chronic obstructive pulmonary|lung|airway|airways? disease
-        bulla|bullae|bullous|bleb|blebs
     """,
+    "bulla": "emphysematous? bulla|bullae|bullous|bleb|blebs",
     "hyperinflation": """
         hyperinflation|hyperinflated|hyperexpansion|hyperexpanded|overinflated|overinflation|hyperaeration|hyperaerated
         hyper inflation|inflated|expansion|expanded
@@ -102,9 +104,10 @@ PHRASES: dict[str, str] = {
     """,
     "fibrosis": """
         fibrosis|fibrotic
-        interstitial lung disease
         honeycombing
     """,
+    "interstitial_disease": "interstitial lung? disease",
+    "cystic_fibrosis": "cystic fibrosis",
     "scarring": """
         scar|scars|scarring|scarred
         pleural|parenchymal scar|scarring
@@ -150,9 +153,14 @@ PHRASES: dict[str, str] = {
     """,
     "mass": """
         mass|masses|masslike
-        neoplasm|neoplasms|tumor|tumors|tumour|malignancy|carcinoma|cancer|metastasis|metastases|metastatic
-        lung|pulmonary lesion|lesions
-        cavitary lesion|lesions
+    """,
+    "malignancy": """
+        neoplasm|neoplasms|neoplastic|tumor|tumors|tumour|malignancy|malignancies|malignant|carcinoma|cancer
+        metastasis|metastases|metastatic
+        metastatic|malignant|neoplastic disease|process
+    """,
+    "lesion": """
+        lung|pulmonary|cavitary lesion|lesions
     """,
     "nodule": """
         nodule|nodules|nodular|nodularity

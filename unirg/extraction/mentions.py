@@ -137,7 +137,7 @@ def _statements(items: list[Item], states: list[str | None], words: list[str]) -
                 last.append(item)
             else:
                 waiting.append(item)
-        elif kind == "predicate" or (kind == "severity" and item.value == "large" and waiting):
+        elif kind == "predicate" or (words[item.first] == "large" and waiting):
             predicate = item if kind == "predicate" else Item("predicate", "enlarged", item.first, item.last)
             state = states[n] or "positive"
             forward = None

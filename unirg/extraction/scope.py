@@ -31,7 +31,9 @@ def polarities(items: list[Item], words: list[str]) -> list[str | None]:
     for n, item in enumerate(items):
         kind = item.kind
         if kind == "finding" or kind == "only_denied" or kind == "predicate":
-            result[n] = reach if kind != "predicate" or reach != "negative" or _direct(items, n) else "positive"
+            result[n] = reach
+            if kind == "predicate":
+                result[n] = "negative" if _direct(items, n) else "positive" if reach == "negative" else reach
             if kind == "predicate":
                 if item.value in ("normal", "clear") and result[n] == "positive":
                     reach = "positive"  # "no effusion, heart normal, ...": a fresh statement
@@ -82,7 +84,7 @@ def _fresh(items: list[Item], n: int, words: list[str], reach: str, verb: bool, 
 def _direct(items: list[Item], n: int) -> bool:
     """Whether a denial stands right before the predicate at `n` ("not enlarged"), or before its "or"."""
     for item in reversed(items[max(0, n - 3) : n]):
-        if item.kind == "deny":
+        if item.kind in ("deny", "not"):
             return True
         if item.kind not in ("severity", "or", "predicate", "pass"):
             return False
