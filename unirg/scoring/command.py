@@ -128,5 +128,5 @@ def _print_summary(collected: dict[str, list[float | None]], as_json: bool, seed
         return
     print(f"\n{'reward':<24} {'mean':>8}   95% interval       judged")
     for label, figure in figures.items():
-        mean, low, high = ("-" if figure[key] is None else f"{figure[key]:.4f}" for key in ("mean", "low", "high"))
-        print(f"{label:<24} {mean:>8}   [{low}, {high}]   {figure['judged']}/{figure['studies']}")
+        cells = ["-" if figure[key] is None else f"{figure[key]:.4f}" for key in ("mean", "low", "high")]
+        print(f"{label:<24} {cells[0]:>8}   [{cells[1]}, {cells[2]}]   {figure['judged']}/{figure['studies']}")
