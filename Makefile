@@ -25,7 +25,7 @@ demo: install ## the synthetic experiment, about 15 minutes on two cores; starte
 	$(BIN)/unirg train recipes/demo.yaml
 
 demo-seeds: install ## the same on three seeds, each with its own warm start
-	for seed in 0 1 2; do $(BIN)/unirg train recipes/demo.yaml seed=$$seed --output runs/demo-seed$$seed || exit; done
+	for seed in 0 1 2; do $(BIN)/unirg train recipes/demo.yaml seed=$$seed data.seed=$$seed --output runs/demo-$$seed || exit; done
 
 demo-openi: install openi ## the experiment on real Open-i reports (films are drawn), one to two hours
 	UNIRG_OPENI=$$(ls $(CURDIR)/.cache/openi/*.whl) $(BIN)/unirg train recipes/demo_openi.yaml
