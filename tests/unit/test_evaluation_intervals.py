@@ -69,7 +69,7 @@ def test_paired_difference_leaves_a_study_out_of_both_runs() -> None:
 
 
 def test_paired_runs_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="same studies.*3 and 2"):
+    with pytest.raises(ValueError, match=r"same studies.*3 and 2"):
         paired_difference([1, 2, 3], [1, 2])
 
 

@@ -1,0 +1,117 @@
+"""The arms of an experiment side by side, with the controls without which no figure means much.
+
+- The ceiling: a perfect reporter, who writes the complete reference.
+- The floor: the best constant report, chosen on other studies than those it is scored on.
+- The shuffled-film control: an arm's own reports paired with other studies' films. What is left of a figure then is
+  what can be had without looking.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from unirg.evaluation.evaluate import COMPLETE, Arm, EvaluationConfig, Measurement, compare, measure, summarise
+from unirg.scoring.contract import RewardConfig
+from unirg.scoring.engine import ScoringEngine
+from unirg.study import Study
+
+
+def evaluate_arms(
+    studies: Sequence[Study],
+    arms: Mapping[str, Arm],
+    config: EvaluationConfig,
+    *,
+    split: str,
+    constant: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Every arm on `studies`, with controls and, where `config.baseline` is among the arms, paired comparisons.
+
+    `constant` is the best constant report (see `best_constant`). Returns what RUN/evaluation/<split>.json holds. Raises
+    UserError where an arm's ids are not the studies', RewardError where a metric fails.
+    """
+    engine = ScoringEngine(config.metrics) if config.metrics else None
+    drawn: dict[str, Any] = {"draws": config.draws, "seed": seed}
+    measured = {name: measure(studies, arm.reports, engine, truncated=arm.truncated) for name, arm in arms.items()}
+    results = {}
+    for name, arm in arms.items():
+        result: dict[str, Any] = {"sees": arm.sees, "seconds": arm.seconds, "cpu_seconds": arm.cpu_seconds}
+        result |= summarise(measured[name], **drawn)
+        if arm.sampled is not None:
+            result["sampled"] = summarise(measure(studies, arm.sampled, engine), **drawn)["metrics"]
+        shuffled = measure(studies, shuffle(studies, arm.reports, seed=seed), engine)
+        result["shuffled"] = _reference_figures(summarise(shuffled, **drawn)["metrics"])
+        results[name] = result
+    return {
+        "split": split,
+        "studies": len(studies),
+        "film": _film(studies),
+        "headline": config.headline,
+        "baseline": config.baseline,
+        "draws": config.draws,
+        "arms": results,
+        "controls": _controls(studies, constant, engine, drawn),
+        "versus": _versus(measured, config.baseline, drawn),
+        "identities": engine.identities() if engine is not None else {},
+    }
+
+
+def best_constant(
+    studies: Sequence[Study], candidates: Sequence[str], headline: str, metrics: Sequence[RewardConfig] = ()
+) -> str:
+    """The candidate that, written for every study, has the highest `headline` figure; the first of equals.
+
+    Give studies that are not the ones it will be scored on. Raises ValueError where there are no candidates or the
+    headline is no figure of theirs.
+    """
+    if not candidates:
+        raise ValueError("the best constant report needs candidates: give the most frequent training reports")
+    needed = [metric for metric in metrics if metric.log_label == headline.removesuffix(f"/{COMPLETE}")]
+    engine = ScoringEngine(needed) if needed else None
+    best, best_value = candidates[0], float("-inf")
+    for candidate in candidates:
+        statistics = measure(studies, {study.id: candidate for study in studies}, engine).statistics
+        if headline not in statistics:
+            raise ValueError(f"evaluation.headline '{headline}' is no figure here; there are: {', '.join(statistics)}")
+        if statistics[headline].value > best_value:
+            best, best_value = candidate, statistics[headline].value
+    return best
+
+
+def shuffle(studies: Sequence[Study], reports: Mapping[str, str], *, seed: int = 0) -> dict[str, str]:
+    """Each study given the report of another: a random cycle through all studies, so that none keeps its own."""
+    order = np.random.default_rng(seed).permutation(len(studies))
+    return {studies[i].id: reports[studies[j].id] for i, j in zip(order, np.roll(order, 1), strict=True)}
+
+
+def _controls(
+    studies: Sequence[Study], constant: str | None, engine: ScoringEngine | None, drawn: dict[str, Any]
+) -> dict[str, Any]:
+    controls: dict[str, Any] = {}
+    if studies and all(study.extra.get(COMPLETE) for study in studies):
+        perfect = {study.id: str(study.extra[COMPLETE]) for study in studies}
+        controls["perfect reporter"] = summarise(measure(studies, perfect, engine), **drawn)
+    if constant is not None:
+        everywhere = {study.id: constant for study in studies}
+        controls["best constant report"] = {"report": constant} | summarise(
+            measure(studies, everywhere, engine), **drawn
+        )
+    return controls
+
+
+def _versus(measured: Mapping[str, Measurement], baseline: str | None, drawn: dict[str, Any]) -> dict[str, Any]:
+    if baseline is None or baseline not in measured:
+        return {}
+    return {name: compare(measured[baseline], other, **drawn) for name, other in measured.items() if name != baseline}
+
+
+def _reference_figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what shuffling cannot change: the outputs are the same ones."""
+    return {key: value for key, value in metrics.items() if key not in ("length", "duplicates", "normal", "truncated")}
+
+
+def _film(studies: Sequence[Study]) -> str | None:
+    """ "drawn" where any film is, else what the data says of them, else None."""
+    kinds = {str(study.extra["film"]) for study in studies if study.extra.get("film")}
+    return "drawn" if "drawn" in kinds else (sorted(kinds)[0] if kinds else None)

@@ -1,0 +1,178 @@
+"""Evaluation of a finished run: reports of every stage for a split, figures, controls, sample films, RUN/evaluation.
+
+Reports are read from RUN/predictions/<split>/<stage>.jsonl (and <stage>.sampled.jsonl) where these are newer than the
+stage's final policy, and written there otherwise.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unirg.data import load_studies
+from unirg.errors import UserError
+from unirg.evaluation.arms import best_constant, evaluate_arms
+from unirg.evaluation.evaluate import Arm, EvaluationConfig
+from unirg.evaluation.predictions import Predictions, read_predictions, write_predictions
+from unirg.prompt import report_text
+from unirg.recipe.load import load_recipe
+from unirg.report import write_samples
+from unirg.run import final_folder, write_atomically
+from unirg.study import Study
+
+if TYPE_CHECKING:
+    from unirg.policy import Policy
+    from unirg.recipe.schema import Recipe
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being written ("greedy reports of sft"), how many are done, and how many there will be."""
+CONSTANTS = 20
+"""How many of the most frequent training reports the best constant report is chosen from,"""
+CONSTANT_STUDIES = 300
+"""and on how many dev studies."""
+
+
+def load_run_recipe(run: Path) -> "Recipe":
+    """The resolved recipe of a run folder. Raises UserError where the folder has none."""
+    path = run / "recipe.yaml"
+    if not path.exists():
+        raise UserError(f"{run}: not a run folder (it has no recipe.yaml); expected the `output` of a training recipe")
+    return load_recipe(path)
+
+
+def evaluate_run(
+    run: Path,
+    split: str,
+    *,
+    stages: Sequence[str] | None = None,
+    baseline: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Evaluates a run's stages on a split, writes RUN/evaluation/<split>.json and RUN/samples, returns the evaluation.
+
+    `stages` and `baseline` default to the recipe's. Raises UserError for a stage that the run does not have or that is
+    not finished, and for an unknown split.
+    """
+    recipe = load_run_recipe(run)
+    config = recipe.evaluation
+    names = _stages(run, recipe, stages)
+    if baseline is not None:
+        if baseline not in names:
+            raise UserError(f"--baseline {baseline}: not among the stages evaluated ({', '.join(names)})")
+        config = config.model_copy(update={"baseline": baseline})
+    studies = load_studies(recipe.data, split)
+    if not studies:
+        raise UserError(f"{run}: the data have no studies in split '{split}'")
+    measured = _manifest_stages(run)
+    arms: dict[str, Arm] = {}
+    for name in names:
+        greedy = stage_predictions(run, recipe, name, split, studies, sampled=False, progress=progress)
+        sampled = None
+        if config.sampled:
+            sampled = stage_predictions(run, recipe, name, split, studies, sampled=True, progress=progress)
+        arms[name] = Arm(
+            reports=greedy.reports,
+            truncated=greedy.cut(),
+            sampled=sampled.reports if sampled else None,
+            sees=next(stage.sees for stage in recipe.stages if stage.name == name),
+            seconds=measured.get(name, {}).get("seconds"),
+            cpu_seconds=measured.get(name, {}).get("cpu_seconds"),
+        )
+    constant = _floor(recipe, config)
+    evaluation = evaluate_arms(studies, arms, config, split=split, constant=constant, seed=recipe.seed)
+    text = json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(run / "evaluation" / f"{split}.json", text + "\n")
+    write_samples(run, studies, {name: arm.reports for name, arm in arms.items()}, split=split)
+    return evaluation
+
+
+def stage_predictions(
+    run: Path,
+    recipe: "Recipe",
+    stage: str,
+    split: str,
+    studies: Sequence[Study],
+    *,
+    sampled: bool,
+    progress: Progress | None = None,
+) -> Predictions:
+    """A stage's reports for a split: those on disk where they are newer than its policy, else written now."""
+    path = run / "predictions" / split / f"{stage}{'.sampled' if sampled else ''}.jsonl"
+    folder = final_folder(run, stage)
+    weights = sorted(folder.glob("*.safetensors"))
+    if path.exists() and weights and path.stat().st_mtime < max(file.stat().st_mtime for file in weights):
+        path.unlink()  # reports of an earlier policy
+    wanted = [study.id for study in studies]
+    if path.exists():
+        found = _whole(path, set(wanted))
+        if found is not None:
+            return found
+    if not folder.exists():
+        raise UserError(f"{run}: stage '{stage}' is not finished (no {folder.relative_to(run)}); train it first")
+    policy = load_stage_policy(recipe, folder)
+    kind = "sampled" if sampled else "greedy"
+    return write_predictions(
+        path,
+        policy,
+        studies,
+        max_new_tokens=max_new_tokens(recipe),
+        batch_size=recipe.evaluation.batch_size,
+        temperature=1.0 if sampled else 0.0,
+        seed=recipe.seed,
+        progress=(lambda done: progress(f"{kind} reports of {stage}", done, len(wanted))) if progress else None,
+    )
+
+
+def load_stage_policy(recipe: "Recipe", folder: Path) -> "Policy":
+    """The policy of a Hugging Face model folder, in the recipe's prompt and precision; adapters are merged in it."""
+    from unirg.policy import load_policy
+
+    return load_policy(recipe.policy.model_copy(update={"lora": None}), recipe.prompt, folder=folder, seed=recipe.seed)
+
+
+def max_new_tokens(recipe: "Recipe") -> int:
+    """`evaluation.max_new_tokens`, else the limit that the last GRPO stage samples with, else 256."""
+    if recipe.evaluation.max_new_tokens is not None:
+        return recipe.evaluation.max_new_tokens
+    limits = [stage.sampling.max_new_tokens for stage in recipe.stages if stage.kind == "grpo"]
+    return limits[-1] if limits else 256
+
+
+def _stages(run: Path, recipe: "Recipe", asked: Sequence[str] | None) -> list[str]:
+    """The stages to evaluate. Those asked for by name must be there; of the others only finished ones are taken."""
+    writing = [stage.name for stage in recipe.stages if stage.kind != "vision"]
+    names = list(asked or recipe.evaluation.stages or ())
+    if unknown := [name for name in names if name not in writing]:
+        raise UserError(f"{run}: no stage '{unknown[0]}' that writes reports; there are: {', '.join(writing)}")
+    if names:
+        return names
+    finished = [name for name in writing if final_folder(run, name).exists()]
+    if not finished:
+        raise UserError(f"{run}: no stage is finished yet; train it first")
+    return finished
+
+
+def _floor(recipe: "Recipe", config: EvaluationConfig) -> str | None:
+    """The best constant report: chosen among the most frequent training reports, by the headline figure on dev."""
+    frequent = Counter(text for study in load_studies(recipe.data, "train") if (text := report_text(study)))
+    dev = load_studies(recipe.data, "dev")[:CONSTANT_STUDIES]
+    if not frequent or not dev:
+        return None
+    candidates = [text for text, _ in frequent.most_common(CONSTANTS)]
+    return best_constant(dev, candidates, config.headline, config.metrics)
+
+
+def _whole(path: Path, wanted: set[str]) -> Predictions | None:
+    """The file's predictions where it has all that are wanted, and nothing else; None where some are missing."""
+    if not path.stat().st_size:
+        return None
+    found = read_predictions(path)
+    if strangers := sorted(set(found.reports) - wanted):
+        raise UserError(f"{path}: report '{strangers[0]}' is of no study of the split; remove the file")
+    return found if wanted == set(found.reports) else None
+
+
+def _manifest_stages(run: Path) -> dict[str, dict[str, Any]]:
+    path = run / "manifest.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("stages", {}) if path.exists() else {}
