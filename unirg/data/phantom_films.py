@@ -99,6 +99,8 @@ def _anatomy(size: int, rng: np.random.Generator, named: dict[str, tuple]) -> _F
     top = rng.uniform(0.09, 0.13)
     base = rng.uniform(0.76, 0.81) + (0.08 if overinflated else 0.0)
     bases = {"right": base - rng.uniform(0.01, 0.03), "left": base + rng.uniform(0.0, 0.02)}
+    if "low_lung_volumes" in named:
+        bases = {side: height - 0.09 for side, height in bases.items()}
     if "elevated_diaphragm" in named:
         for side in _sides(named["elevated_diaphragm"][0] or "right"):
             bases[side] -= 0.15
@@ -179,6 +181,12 @@ def _effusion(film: _Film, side: str | None, place: str | None, severity: str | 
         film.level += (0.74 - film.level) * inside * _edge(0.98 - film.y, 0.02) * (film.level < 0.74)
 
 
+def _blunting(film: _Film, side: str | None, place: str | None, severity: str | None) -> None:
+    for one in _sides(side):
+        corner = _blob(film, film.across(one, 0.97), film.bases[one] + 0.05, 0.07, 0.07, 2.0)
+        film.level += (0.66 - film.level) * corner * (film.level < 0.66)
+
+
 def _pneumothorax(film: _Film, side: str | None, place: str | None, severity: str | None) -> None:
     for one in _sides(side):
         u = (film.x - 0.5) * (-1 if one == "right" else 1) / film.half_width
@@ -245,6 +253,12 @@ def _mass(film: _Film, side: str | None, place: str | None, severity: str | None
     _spot(film, side, place, 0.075 + 0.02 * _severity(severity), 0.82)
 
 
+def _lymphadenopathy(film: _Film, side: str | None, place: str | None, severity: str | None) -> None:
+    for one in _sides(side):
+        for height in (0.43, 0.5):
+            film.level += 0.22 * _blob(film, film.across(one, 0.3), height, 0.045, 0.04, 2.0) * film.lungs[one]
+
+
 def _granuloma(film: _Film, side: str | None, place: str | None, severity: str | None) -> None:
     for _ in range(2):
         one = side if side in ("left", "right") else film.rng.choice(["left", "right"])
@@ -300,15 +314,19 @@ def _hernia(film: _Film, side: str | None, place: str | None, severity: str | No
 
 _STROKES: dict[str, Callable[[_Film, str | None, str | None, str | None], None]] = {
     "effusion": _effusion,
+    "blunted_angle": _blunting,
     "pneumothorax": _pneumothorax,
     "opacity": _opacity,
+    "infiltrate": _opacity,
     "pneumonia": _consolidation,
     "consolidation": _consolidation,
     "atelectasis": _atelectasis,
     "edema": _edema,
     "congestion": _edema,
+    "heart_failure": _edema,
     "nodule": _nodule,
     "mass": _mass,
+    "lymphadenopathy": _lymphadenopathy,
     "granuloma": _granuloma,
     "device": _device,
     "scarring": _scarring,
@@ -318,6 +336,9 @@ _STROKES: dict[str, Callable[[_Film, str | None, str | None, str | None], None]]
     "fracture": _fracture,
     "hernia": _hernia,
 }
-_SHAPES = ("cardiomegaly", "hyperinflation", "emphysema", "elevated_diaphragm", "scoliosis", "enlarged_mediastinum")
-DRAWABLE: tuple[str, ...] = (*_STROKES, *_SHAPES, "aortic_tortuosity", "aortic_calcification")
+_SHAPES = (
+    *("cardiomegaly", "enlarged_mediastinum", "aortic_tortuosity", "aortic_calcification", "scoliosis"),
+    *("hyperinflation", "emphysema", "low_lung_volumes", "elevated_diaphragm"),
+)
+DRAWABLE: tuple[str, ...] = (*_STROKES, *_SHAPES)
 """The findings that leave a trace on a drawn film."""
