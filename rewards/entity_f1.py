@@ -104,11 +104,12 @@ def statements(report: str, polarity: str, level: str) -> tuple[Mention, ...]:
 
     Positions and text of the mentions are dropped, as the same statement may stand in several places.
     """
+    counted = ATTRIBUTES[level]
     found = set()
     for mention in extract(report):
         if polarity == "both" or (mention.polarity == "negative") == (polarity == "negative"):
-            said = {name: getattr(mention, name) if name in ATTRIBUTES[level] else None for name in ATTRIBUTES["full"]}
-            found.add(replace(mention, start=0, end=0, text="", **said))
+            side, place, severity = (getattr(mention, name) if name in counted else None for name in ATTRIBUTES["full"])
+            found.add(Mention(mention.finding, mention.polarity, side, place, severity, start=0, end=0, text=""))
     lefts = [each for each in found if each.side == "left" and replace(each, side="right") in found]
     found |= {replace(each, side="bilateral") for each in lefts}
     fullest = [each for each in found if not any(_is_part(each, other) for other in found if other != each)]
