@@ -1,9 +1,11 @@
-"""The policy: a vision-language model with its processor, loaded from a folder or hub id, or built tiny; LoRA; freezing.
+"""The policy: a vision-language model with its processor, loaded from a folder or hub id, or built tiny; LoRA;
+freezing.
 
 Everything that depends on a model's architecture stands here: how a study becomes token ids and pixels, where positions
 go, which ids must never be sampled. Shapes: P prompt tokens, B rows, T tokens.
 """
 
+import copy
 import inspect
 import json
 from collections import OrderedDict
@@ -13,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from pydantic import Field, model_validator
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.utils import is_torchvision_available
 
 from unirg.errors import UserError
@@ -72,8 +75,9 @@ class PolicyConfig(Section):
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One study's prompt, processed once: `ids_P` with expanded image tokens, `positions_3P` for mRoPE models (else None),
-    `images` the processor's image tensors (first dimension: patches or images), `types_P` modality of each token."""
+    """One study's prompt, processed once: `ids_P` with expanded image tokens, `positions_3P` for mRoPE models (else
+    None), `images` the processor's image tensors (first dimension: patches or images), `types_P` modality of each
+    token."""
 
     study_id: str
     ids_P: torch.Tensor
@@ -157,9 +161,10 @@ class Policy:
                 f"{self.config.max_prompt_tokens}; shorten the context, lower policy.image_size or raise the limit"
             )
         positions_3P = None
-        inner = getattr(self.base, "model", None)
+        inner: Any = getattr(self.base, "model", None)
         if hasattr(inner, "get_rope_index"):
             if "image_grid_thw" in encoded:
+                assert types_P is not None  # the processors of models with mRoPE return them
                 positions, _ = inner.get_rope_index(
                     ids_P[None], mm_token_type_ids=types_P[None], image_grid_thw=encoded["image_grid_thw"]
                 )
@@ -179,8 +184,8 @@ class Policy:
     def image_inputs(self, prompts: Sequence[EncodedPrompt], rows: Sequence[int]) -> dict[str, Any]:
         """Image keywords for a forward over rows that belong to `prompts[i] for i in rows`.
 
-        Where the model takes features (`mm_encoder_outputs`, transformers 5.20+ on the Qwen family) each image is encoded
-        once and its features are shared by the rows; elsewhere its pixels are repeated.
+        Where the model takes features (`mm_encoder_outputs`, transformers 5.20+ on the Qwen family) each image is
+        encoded once and its features are shared by the rows; elsewhere its pixels are repeated.
         """
         if not any(prompts[i].images for i in rows):
             return {}
@@ -201,20 +206,22 @@ class Policy:
             if getattr(features, "deepstack_features", None) is not None:
                 features.deepstack_features = [[layer[k] for k in order] for layer in features.deepstack_features]
             return {"mm_encoder_outputs": {"image": features}}
-        return {name: torch.cat([prompts[i].images[name] for i in rows if prompts[i].images]).to(device) for name in names}
+        return {
+            name: torch.cat([prompts[i].images[name] for i in rows if prompts[i].images]).to(device) for name in names
+        }
 
     def save(self, folder: Path) -> None:
         """Writes an ordinary Hugging Face model folder (adapters merged), with its processor."""
         model = self.model
         if hasattr(model, "merge_and_unload"):
-            import copy
-
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(folder, safe_serialization=True)
         self.processor.save_pretrained(folder)
         if not is_torchvision_available() and "Qwen" in type(self.processor).__name__:
             # The video half needs torchvision and was never built; engines that serve the folder look for its settings.
-            settings = {"video_processor_type": "Qwen3VLVideoProcessor", "patch_size": 16, "merge_size": 2}
+            image = self.processor.image_processor
+            settings = {"video_processor_type": "Qwen3VLVideoProcessor"}
+            settings |= {name: getattr(image, name) for name in ("patch_size", "merge_size", "temporal_patch_size")}
             (folder / "video_preprocessor_config.json").write_text(json.dumps(settings))
 
 
@@ -235,7 +242,7 @@ def load_policy(
         assert config.tiny is not None
         tokenizer = build_tokenizer(texts, config.tiny.vocabulary)
         processor = _qwen_processor(build_image_processor(config.tiny.image_size), tokenizer)
-        model = build_model(config.tiny, tokenizer, seed)
+        model: Any = build_model(config.tiny, tokenizer, seed)
     else:
         try:
             processor = load_processor(str(source), trust_remote_code=config.trust_remote_code)
@@ -267,7 +274,8 @@ def load_policy(
 
 
 def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
-    """The model's processor; Qwen's without its video half where torchvision, which that half needs, is not installed."""
+    """The model's processor; Qwen's without its video half where torchvision, which that half needs, is not
+    installed."""
     if is_torchvision_available():
         return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     try:
@@ -277,21 +285,22 @@ def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
         image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
         if not type(image_processor).__name__.startswith("Qwen"):
             raise
-        return _qwen_processor(image_processor, tokenizer)
+        family = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).model_type
+        return _qwen_processor(image_processor, tokenizer, family)
 
 
-def _qwen_processor(image_processor: Any, tokenizer: Any) -> Any:
+def _qwen_processor(image_processor: Any, tokenizer: Any, family: str = "qwen3_vl") -> Any:
     """Qwen's own processor for text and images, built without a video processor."""
-    from transformers import Qwen3VLProcessor
+    parent = transformers.Qwen2_5_VLProcessor if family == "qwen2_5_vl" else transformers.Qwen3VLProcessor
 
-    class ImageOnlyQwenProcessor(Qwen3VLProcessor):
+    class ImageOnlyProcessor(parent):  # type: ignore[misc, valid-type]
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             if argument_name == "video_processor" and argument is None:
                 return None
             return super().check_argument_for_proper_class(argument_name, argument)
 
-    ImageOnlyQwenProcessor.__name__ = "Qwen3VLProcessor"  # the name that save_pretrained writes
-    return ImageOnlyQwenProcessor(image_processor, tokenizer, None, chat_template=tokenizer.chat_template)
+    ImageOnlyProcessor.__name__ = parent.__name__  # the name that save_pretrained writes
+    return ImageOnlyProcessor(image_processor, tokenizer, None, chat_template=tokenizer.chat_template)
 
 
 def vision_tower(model: Any) -> Any | None:

@@ -1,8 +1,8 @@
 """The run folder: resolved recipe, manifest, metrics, checkpoints that are whole or not there at all.
 
-    RUN/recipe.yaml  manifest.json  metrics.jsonl  report.html
-    RUN/stages/<stage>/metrics.jsonl  step-000050/ ...  latest  final/
-    RUN/rollouts/<stage>/step-000050.parquet   RUN/predictions/<split>/<stage>.jsonl   RUN/evaluation/<split>.json
+RUN/recipe.yaml  manifest.json  metrics.jsonl  report.html
+RUN/stages/<stage>/metrics.jsonl  step-000050/ ...  latest  final/
+RUN/rollouts/<stage>/step-000050.parquet   RUN/predictions/<split>/<stage>.jsonl   RUN/evaluation/<split>.json
 """
 
 import json
@@ -21,7 +21,19 @@ from safetensors.torch import load_file, save_file
 from unirg.errors import UserError
 
 KEPT_CHECKPOINTS = 2
-PACKAGES = ("unirg", "torch", "transformers", "accelerate", "trl", "peft", "datasets", "numpy", "pillow", "radgraph", "vllm")
+PACKAGES = (
+    "unirg",
+    "torch",
+    "transformers",
+    "accelerate",
+    "trl",
+    "peft",
+    "datasets",
+    "numpy",
+    "pillow",
+    "radgraph",
+    "vllm",
+)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,5 +1,7 @@
 """Supervised fine-tuning: the mean negative log-likelihood of the studies' reports, as a loss of our own loop."""
 
+from collections.abc import Callable
+
 import torch
 
 from unirg.errors import UserError
@@ -9,7 +11,7 @@ from unirg.study import Study
 from unirg.training import StageRun, optimise
 
 
-def run_sft(work: StageRun, evaluate) -> None:  # type: ignore[no-untyped-def]
+def run_sft(work: StageRun, evaluate: Callable[[], dict[str, float]] | None) -> None:
     """Trains `work.policy` on the reports of `work.studies` for the stage's steps.
 
     Raises UserError naming a study whose report is empty.

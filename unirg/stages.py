@@ -11,8 +11,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -56,8 +57,8 @@ def train(recipe: Path, overrides: Sequence[str] = ()) -> int:
 
 
 def check(recipe: Recipe) -> None:
-    """Reads all training data once: raises UserError with every study that cannot be trained on, and checks that rewards
-    and policy can be loaded and that prompts fit. Nothing has been trained by then."""
+    """Reads all training data once: raises UserError with every study that cannot be trained on, and checks that
+    rewards and policy can be loaded and that prompts fit. Nothing has been trained by then."""
     for stage in recipe.stages:
         if isinstance(stage, GrpoStage):
             ScoringEngine(stage.rewards)
@@ -90,12 +91,12 @@ def longest(studies: Sequence[Study], count: int = 50) -> list[Study]:
     return sorted(studies, key=size, reverse=True)[:count]
 
 
-def unique(items: Sequence) -> list:  # type: ignore[type-arg]
+def unique(items: Sequence[Any]) -> list[Any]:
     """The items without repetition, in order (configs are not all hashable)."""
     return [item for i, item in enumerate(items) if item not in items[:i]]
 
 
-def run_side_by_side(recipe: Recipe, run: Path, waiting: list[StageConfig]) -> None:
+def run_side_by_side(recipe: Recipe, run: Path, waiting: Sequence[StageConfig]) -> None:
     """Runs stages as processes of their own, `jobs` at a time, each as soon as the stages that it needs are done.
 
     A stage that fails does not stop those that run; then the error is raised. Ctrl-C ends them all; checkpoints stay.
@@ -127,7 +128,9 @@ def run_side_by_side(recipe: Recipe, run: Path, waiting: list[StageConfig]) -> N
         for process in running.values():
             process.terminate()
     if failed:
-        raise UserError(f"stage {', '.join(failed)} failed (its error stands above); the same command goes on from there")
+        raise UserError(
+            f"stage {', '.join(failed)} failed (its error stands above); the same command goes on from there"
+        )
 
 
 def needed(recipe: Recipe, stage: StageConfig) -> set[str]:
@@ -166,7 +169,9 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
     )
     world = accelerator.num_processes
     per_rank = stage.studies_per_step // world
-    if stage.studies_per_step % world or (stage.studies_per_forward and per_rank % min(per_rank, stage.studies_per_forward)):
+    if stage.studies_per_step % world or (
+        stage.studies_per_forward and per_rank % min(per_rank, stage.studies_per_forward)
+    ):
         raise UserError(
             f"stage {stage.name}: studies_per_step {stage.studies_per_step} must divide evenly by {world} ranks"
             + (f" and studies_per_forward {stage.studies_per_forward}" if stage.studies_per_forward else "")
@@ -183,7 +188,8 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
     work = StageRun(recipe, stage, run, accelerator, policy, studies)
     if accelerator.is_main_process:
         run_folder.update_manifest(run, seed=recipe.seed, data={stage.name: fingerprint(studies)}, world_size=world)
-        console.print(f"[bold]{stage.name}[/bold]  {stage.kind}, {stage.steps} steps, from {recipe.start_of(stage)}", highlight=False)  # type: ignore[attr-defined]
+        what = f"{type(stage).__name__.removesuffix('Stage').lower()}, {stage.steps} steps"
+        console.print(f"[bold]{stage.name}[/bold]  {what}, from {recipe.start_of(stage)}", highlight=False)
     if isinstance(stage, VisionStage):
         if (tower := getattr(policy.base.model, "visual", None)) is not None:
             tower.requires_grad_(True)
@@ -219,7 +225,7 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
         accelerator.end_training()
 
 
-def dev_evaluation(work: StageRun):  # type: ignore[no-untyped-def]
+def dev_evaluation(work: StageRun) -> Callable[[], dict[str, float]]:
     """A function that writes greedy reports of dev studies with the policy as it stands and returns their figures."""
     from unirg.evaluation.evaluate import measure
 

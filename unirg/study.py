@@ -42,9 +42,10 @@ class StudyImage:
 class Study:
     """One imaging study with what is known about it. Every field but `id` is optional.
 
-    `labels` maps a finding's name (the extractor's vocabulary, `unirg.extraction`) to 1 present, 0 absent, -1 uncertain;
-    a key "effusion/left" says it of one side. A missing key means that nothing is known, never that it is absent.
-    `extra` holds an adapter's further columns; rewards receive them by name (e.g. `complete`, a complete reference).
+    `labels` maps a finding's name (the extractor's vocabulary, `unirg.extraction`) to 1 present, 0 absent, -1
+    uncertain; a key "effusion/left" says it of one side. A missing key means that nothing is known, never that it is
+    absent. `extra` holds an adapter's further columns; rewards receive them by name (e.g. `complete`, a complete
+    reference).
     """
 
     id: str

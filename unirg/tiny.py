@@ -1,9 +1,11 @@
-"""A tiny policy of the Qwen3-VL architecture, built here: a tokenizer trained on the corpus, random weights, no downloads.
+"""A tiny policy of the Qwen3-VL architecture, built here: random weights, a tokenizer trained on the corpus, no
+downloads.
 
 It exists for the demo, the tests and anyone's first run: the same classes, prompts and files as the real models have.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -70,8 +72,8 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-def build_image_processor(image_size: int, **config: object) -> object:
-    """Qwen's image processor on PIL (no torchvision), resizing every film to `image_size` pixels a side or thereabouts."""
+def build_image_processor(image_size: int) -> Any:
+    """Qwen's image processor on PIL (no torchvision); films come out at about `image_size` pixels a side."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     pixels = image_size * image_size
@@ -82,14 +84,13 @@ def build_image_processor(image_size: int, **config: object) -> object:
         merge_size=2,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
-        **config,
     )
 
 
 def build_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForConditionalGeneration:
     """A randomly initialised tiny Qwen3-VL for `tokenizer`, in float32, the same for the same seed."""
     head = config.hidden // config.heads
-    index = tokenizer.convert_tokens_to_ids
+    index: Any = tokenizer.convert_tokens_to_ids
     model_config = Qwen3VLConfig(
         text_config={
             "vocab_size": len(tokenizer),

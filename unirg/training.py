@@ -81,12 +81,12 @@ class StageRun:
             yield items[first : first + size]
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Backward of this rank's share of the step's loss: summed over micro-batches and ranks, shares are the loss."""
+        """Backward of a share of the step's loss: shares of all micro-batches and ranks add up to it."""
         self.accelerator.backward(loss * self.accelerator.num_processes)  # DDP averages over ranks
 
 
 def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up, then constant, linear or cosine decay to 0 after the last step."""
+    """The rate of step `step` (from 0): linear warm-up, then flat, or down to 0 after the last step."""
     warmup = math.ceil(config.warmup * steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup

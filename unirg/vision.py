@@ -1,7 +1,7 @@
 """A stage that trains the vision tower alone on finding labels, where no pretrained tower can be had.
 
-Each merged image token votes on every finding; a finding's logit is the log-sum-exp of its votes, so that one token that
-sees it is enough (multiple-instance learning). The head is thrown away afterwards.
+Each merged image token votes on every finding; a finding's logit is the log-sum-exp of its votes, so that one token
+that sees it is enough (multiple-instance learning). The head is thrown away afterwards.
 """
 
 import torch
@@ -74,7 +74,8 @@ def run_vision(work: StageRun) -> None:
             logits_BL = trained(batch["pixel_values"], batch["image_grid_thw"], counts)
             target_BL = torch.tensor([targets(study) for study in studies], device=policy.device)
             mask_BL = ~target_BL.isnan()
-            loss = binary_cross_entropy_with_logits(logits_BL[mask_BL], target_BL[mask_BL], reduction="sum") / max(1, known)
+            loss = binary_cross_entropy_with_logits(logits_BL[mask_BL], target_BL[mask_BL], reduction="sum")
+            loss = loss / max(1, known)
             work.backward(loss)
             total += loss.detach()
         return {"loss": float(work.accelerator.reduce(total, "sum"))}

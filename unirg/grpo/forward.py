@@ -1,6 +1,8 @@
-"""The dense forward: log-probs of given answers under the policy, one row per answer, each with its own copy of the prompt.
+"""The dense forward: log-probs of given answers under the policy, one row per answer, each with its own copy of the
+prompt.
 
-Images are encoded once per study where the model allows it. Shapes: B answers, P padded prompt, T padded answer, V vocabulary.
+Images are encoded once per study where the model allows it. Shapes: B answers, P padded prompt, T padded answer, V
+vocabulary.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """GRPO, top to bottom: sample, submit scores, log-probs, collect, advantages, loss, step.
 
-One step: every study of the batch gets G reports from the policy; rewards score them; a report's advantage is its reward
-against its group; the policy is moved towards what scored better. Shapes: S studies of a rank, G reports per study,
-N = S * G over all ranks, B reports in a micro-batch, T tokens of the longest.
+One step: every study of the batch gets G reports from the policy; rewards score them; a report's advantage is its
+reward against its group; the policy is moved towards what scored better. Shapes: S studies of a rank, G reports per
+study, N = S * G over all ranks, B reports in a micro-batch, T tokens of the longest.
 """
 
 import time
@@ -45,6 +45,10 @@ class Group:
     reference_logps_BT: torch.Tensor | None = None
 
 
+Shared = tuple[str, dict[str, list[float | None]], list[tuple[int, bool]]]
+"""What ranks tell each other of a group: study id, scores by label, (length, truncated) of each report."""
+
+
 class Stopwatch:
     """Seconds per phase of a step."""
 
@@ -68,8 +72,8 @@ def run_grpo(
     evaluate: Callable[[], dict[str, float]] | None,
     reference: Policy | None,
 ) -> None:
-    """Trains `work.policy` on the rewards of `engine` for the stage's steps. `reference` is the KL penalty's policy; None
-    where there is no penalty, or where the policy without its adapters is the reference."""
+    """Trains `work.policy` on the rewards of `engine` for the stage's steps. `reference` is the KL penalty's policy;
+    None where there is no penalty, or where the policy without its adapters is the reference."""
     stage: GrpoStage = work.stage
     held: dict[str, Any] = {}
 
@@ -173,7 +177,7 @@ def score_batch(groups: list[Group]) -> ScoreBatch:
     return ScoreBatch([sample.text for sample in samples], [report_text(study) for study in studies], columns)
 
 
-def step_advantages(stage: GrpoStage, everyones: list[tuple[str, dict, list]]) -> AdvantageResult:  # type: ignore[type-arg]
+def step_advantages(stage: GrpoStage, everyones: list[Shared]) -> AdvantageResult:
     """Advantages of all ranks' reports, N = studies x G."""
     labels = [reward.log_label for reward in stage.rewards]
     scores = {label: [value for _, own, _ in everyones for value in own[label]] for label in labels}
@@ -191,7 +195,7 @@ def _lengths(group: Group) -> list[tuple[int, bool]]:
     return [(len(sample.ids), sample.truncated) for sample in group.samples]
 
 
-def rollout_metrics(stage: GrpoStage, everyones: list[tuple[str, dict, list]], result: AdvantageResult) -> dict[str, float]:  # type: ignore[type-arg]
+def rollout_metrics(stage: GrpoStage, everyones: list[Shared], result: AdvantageResult) -> dict[str, float]:
     """The step's rewards and lengths over all ranks, under TRL's names."""
     labels = [reward.log_label for reward in stage.rewards]
     metrics = score_summary({label: [v for _, own, _ in everyones for v in own[label]] for label in labels})
@@ -215,13 +219,15 @@ def rollout_metrics(stage: GrpoStage, everyones: list[tuple[str, dict, list]], r
 def update(
     work: StageRun, groups: list[Group], normaliser: Normaliser, reference: Policy | None, watch: Stopwatch
 ) -> dict[str, float]:
-    """Forward and backward over the rank's groups, whole groups at a time; metrics are summed over micro-batches and ranks."""
+    """Forward and backward over the rank's groups, whole groups at a time; metrics are summed over micro-batches and
+    ranks."""
     stage, policy = work.stage, work.policy
     policy.model.train()
     totals: dict[str, torch.Tensor] = {}
     gaps: list[dict[str, torch.Tensor]] = []
     for micro in work.micro_batches(groups):
-        # A group without a report to learn from still makes its forward (of one masked report), so that ranks stay in step.
+        # A group without a report to learn from still makes its forward (of one masked report), so that ranks stay in
+        # step.
         rows = [group.trained or [0] for group in micro]
         answers = [[group.samples[i].ids for i in own] for group, own in zip(micro, rows, strict=True)]
         prompts = [group.prompt for group in micro]

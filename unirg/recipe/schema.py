@@ -39,7 +39,8 @@ class StageConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     """The stage's name: its folder, and how other stages refer to it."""
     start: str | None = None
-    """The stage whose final policy this one starts from; default the stage before it. `policy` is the policy as built."""
+    """The stage whose final policy this one starts from; default the stage before it. `policy` is the policy as
+    built."""
     steps: int = Field(gt=0)
     """Optimiser steps."""
     optimiser: OptimiserConfig

@@ -69,9 +69,7 @@ class HFSampler:
         logits_NV, mask_NT = logits_BV[owner_N], mask_BP[owner_N]
         next_N = torch.tensor([prompts[b].next_position for b in owner_N.tolist()], device=device)
         # Uniforms are drawn per request, so that a sample does not depend on who shares its batch.
-        uniform_NT = np.stack(
-            [np.random.default_rng(seed).random(max_new_tokens) for group in seeds for seed in group]
-        )
+        uniform_NT = np.stack([np.random.default_rng(seed).random(max_new_tokens) for group in seeds for seed in group])
         row_N = np.arange(len(owner_N))  # which request each row still in the cache belongs to
         ids: list[list[int]] = [[] for _ in row_N]
         logps: list[list[float]] = [[] for _ in row_N]
@@ -103,7 +101,8 @@ class HFSampler:
             )
             logits_NV = out.logits[:, -1]
         samples = [
-            Sample(tuple(i), tuple(p), policy.decode(i), i[-1] != policy.eos_id) for i, p in zip(ids, logps, strict=True)
+            Sample(tuple(i), tuple(p), policy.decode(i), i[-1] != policy.eos_id)
+            for i, p in zip(ids, logps, strict=True)
         ]
         groups, first = [], 0
         for group in seeds:
@@ -112,7 +111,8 @@ class HFSampler:
         return groups
 
     def _prefill(self, prompts: Sequence[EncodedPrompt]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-        """Left-padded prompts through the model once: next-token logits (B, V), the cache, the attention mask (B, P)."""
+        """Left-padded prompts through the model once: next-token logits (B, V), the cache, the attention mask (B,
+        P)."""
         policy = self.policy
         batch = left_padded(policy, prompts)
         cache = DynamicCache(config=policy.base.config)
@@ -144,7 +144,8 @@ class HFSampler:
 
 
 def left_padded(policy: Policy, prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
-    """Prompts as one batch, padded on the left: input_ids and attention_mask (B, P), position_ids (3, B, P) or (B, P)."""
+    """Prompts as one batch, padded on the left: input_ids and attention_mask (B, P), position_ids (3, B, P) or (B,
+    P)."""
     width = max(len(prompt) for prompt in prompts)
     ids_BP = torch.full((len(prompts), width), policy.pad_id)
     mask_BP = torch.zeros(len(prompts), width, dtype=torch.long)

@@ -47,14 +47,14 @@ class Sampler(Protocol):
         temperature: float,
         max_new_tokens: int,
     ) -> list[list[Sample]]:
-        """For each prompt as many samples as it has seeds; a sample depends on its prompt, the weights and its seed alone,
-        not on what else is in the batch. Temperature 0 is greedy. Each prompt is prefilled once."""
+        """For each prompt as many samples as it has seeds; a sample depends on its prompt, the weights and its seed
+        alone, not on what else is in the batch. Temperature 0 is greedy. Each prompt is prefilled once."""
         ...
 
 
 def request_seed(*parts: object) -> int:
-    """A 63-bit seed that follows from `parts` alone (run seed, stage, step, study, sample): the same on any rank and after
-    any resume."""
+    """A 63-bit seed that follows from `parts` alone (run seed, stage, step, study, sample): the same on any rank and
+    after any resume."""
     digest = hashlib.blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
