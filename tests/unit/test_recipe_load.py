@@ -162,6 +162,15 @@ def test_stages_are_set_by_name_and_by_position(write, key: str) -> None:
     assert [stage.steps for stage in recipe.stages] == [5, 11]
 
 
+def test_items_that_share_a_name_go_by_position(write) -> None:
+    """Setting the first of two by their common name would be a guess."""
+    path = write("a.yaml", BASE.replace("name: search", "name: warm"))
+    assert complaints(path, "stages.warm.steps=1") == [
+        "override 'stages.warm.steps=1': stages has no item 'warm'; known here: 0, 1"
+    ]
+    assert [stage.steps for stage in load(path, ["stages.1.steps=1"], Toy).stages] == [5, 1]
+
+
 def test_stage_data_is_laid_over_the_recipes(write) -> None:
     path = write("a.yaml", BASE)
     warm, search = load(path, ["data.path=other.jsonl"], Toy).stages

@@ -152,14 +152,13 @@ def _set(tree: dict[str, Any], parts: list[str], value: Any) -> Key:
     for depth, part in enumerate(parts):
         step: str | int = part
         if isinstance(here, list):
-            names = [item.get("name") if isinstance(item, dict) else None for item in here]
+            names = _names(here)
             if part in names:
                 step = names.index(part)
             elif part.isdecimal() and int(part) < len(here):
                 step = int(part)
             else:
-                known = [str(name) for name in names if name is not None] or [str(i) for i in range(len(here))]
-                raise ValueError(f"{'.'.join(parts[:depth])} has no item '{part}'{_suggest(part, known)}")
+                raise ValueError(f"{'.'.join(parts[:depth])} has no item '{part}'{_suggest(part, names)}")
         elif not isinstance(here, dict):
             raise ValueError(f"{'.'.join(parts[:depth])} is {here!r}, which has no key '{part}'")
         key.append(step)
@@ -177,6 +176,12 @@ def _resolve_defaults(tree: dict[str, Any], model: type[BaseModel]) -> None:
         if name not in tree and isinstance(field.default, str) and "${" in field.default:
             with contextlib.suppress(OmegaConfBaseException):  # validation will say which key is missing
                 tree[name] = OmegaConf.create({**tree, name: field.default})[name]
+
+
+def _names(items: list[Any]) -> list[str]:
+    """What each item of a list is called: its name, or its position where it has none or shares it."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    return [str(i) if name is None or names.count(name) > 1 else str(name) for i, name in enumerate(names)]
 
 
 def _lay_stage_data(tree: dict[str, Any]) -> None:
@@ -289,13 +294,17 @@ def _line_of(key: Key, file: _File) -> tuple[int, int, bool]:
 
 def _line(place: str, tree: Any, key: Key, text: str) -> str:
     """One line of an error. Items of a list that have a name go by it, as they do in overrides."""
-    shown = []
+    shown: list[str] = []
     here = tree
     for part in key:
-        item = here[part] if isinstance(here, list) and isinstance(part, int) and part < len(here) else None
-        shown.append(str(item.get("name", part) if isinstance(item, dict) else part))
-        here = here.get(part) if isinstance(here, dict) else item
-    return ": ".join(filter(None, [place, ".".join(shown), text]))
+        if isinstance(here, list) and isinstance(part, int) and part < len(here):
+            shown.append(_names(here)[part])
+            here = here[part]
+        else:
+            shown.append(str(part))
+            here = here.get(part) if isinstance(here, dict) else None
+    dotted = ".".join(shown)
+    return ": ".join(filter(None, [place, dotted, text.removeprefix(f"{dotted}: ")]))
 
 
 def _parse_key(dotted: str) -> Key:
