@@ -136,5 +136,5 @@ def test_a_broken_plug_in_is_listed_and_hides_nothing(site, monkeypatch):
     assert listed["words_near"].package == "example-report-rewards"
     assert listed["words_near"].measures == "Whether the report has about as many words as the reference."
     assert listed["bleu"].error is None
-    with pytest.raises(RewardError, match="'broken_example'.*cannot be loaded: ModuleNotFoundError"):
+    with pytest.raises(RewardError, match=r"'broken_example'.*cannot be loaded: ModuleNotFoundError"):
         load_reward("broken_example")

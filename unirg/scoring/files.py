@@ -65,7 +65,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                     raise ReportFileError(f"{path}:{reader.line_num}: more cells than the header has columns")
                 yield reader.line_num, row
         except csv.Error as error:
-            raise ReportFileError(f"{path}:{reader.line_num}: broken CSV ({error})") from error
+            line = reader.reader.line_num  # that of DictReader lags one row behind on an error
+            raise ReportFileError(f"{path}:{line}: broken CSV ({error})") from error
 
 
 def _study_id(path: Path, line: int, row: Mapping[str, Any]) -> str:
