@@ -30,7 +30,7 @@ DataConfig = Annotated[PhantomData | OpeniData | JsonlData, Field(discriminator=
 def load_studies(config: PhantomData | OpeniData | JsonlData, split: str) -> list[Study]:
     """The studies of a split ("train", "dev", "test"; phantom data also "unseen"), in a fixed order.
 
-    Raises ValueError (unknown split, bad rows) or FileNotFoundError, naming what was expected and where.
+    Raises UserError (unknown split, missing files, bad rows), naming what was expected and where.
     """
     match config:
         case PhantomData():

@@ -6,6 +6,7 @@
 """
 
 import csv
+import io
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -14,14 +15,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from unirg.errors import UserError
 from unirg.section import Section
 from unirg.study import Study, StudyImage
 
-TEXTS = (
-    *("indication", "comparison", "technique", "findings", "impression"),
-    *("patient", "institution", "modality", "language"),
-)
-FIELDS = ("id", "images", "views", "prior", "labels", "demographics", *TEXTS)
+TEXTS = ("indication", "comparison", "technique", "findings", "impression", "institution", "modality", "language")
+FIELDS = ("id", "patient", "images", "views", "prior", "labels", "demographics", *TEXTS)
 _SHOWN = 20
 
 
@@ -44,7 +43,7 @@ class JsonlData(Section):
     """Further columns to hand to rewards under their own names, e.g. [complete]."""
 
 
-class BadRows(ValueError):
+class BadRows(UserError):
     """Rows that cannot be studies; `rows` names each as "file:line: what is wrong"."""
 
     def __init__(self, rows: list[str]) -> None:
@@ -56,8 +55,8 @@ class BadRows(ValueError):
 def load_jsonl(config: JsonlData, split: str) -> list[Study]:
     """The studies of a split's file, in its order.
 
-    Raises ValueError for a split without a file, FileNotFoundError or UnicodeDecodeError for a file that cannot be
-    read, BadRows (all of them at once) for broken lines, wrong types, missing or duplicate ids.
+    Raises UserError for a split without a file and for a file that cannot be read or is empty; BadRows (all of them at
+    once) for broken lines, wrong types, missing or duplicate ids.
     """
     studies, problems = read_studies(config, split)
     if problems:
@@ -69,9 +68,9 @@ def read_studies(config: JsonlData, split: str) -> tuple[list[Study], list[str]]
     """The studies of a split's file and its bad rows ("file:line: what is wrong"); raises as `load_jsonl` else."""
     if split not in config.files:
         there = ", ".join(config.files) or "none"
-        raise ValueError(f"data.files has no split {split!r}; there are: {there}")
+        raise UserError(f"data.files has no split {split!r}; there are: {there}")
     if unknown := sorted(set(config.columns) - set(FIELDS)):
-        raise ValueError(
+        raise UserError(
             f"data.columns: {', '.join(unknown)} is no field of a study; the fields are {', '.join(FIELDS)}"
         )
     path = config.files[split]
@@ -91,7 +90,7 @@ def read_studies(config: JsonlData, split: str) -> tuple[list[Study], list[str]]
             lines[study.id] = number
             studies.append(study)
     if not studies and not problems:
-        raise ValueError(f"{path} holds no study")
+        raise UserError(f"{path}: holds no study")
     for name in (*config.columns.values(), *config.labels.values(), *config.extra):
         if name not in keys:
             problems.append(
@@ -102,7 +101,11 @@ def read_studies(config: JsonlData, split: str) -> tuple[list[Study], list[str]]
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(line number, row) of a file; a broken JSONL line comes as the ValueError that says what is wrong with it."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    with io.StringIO(text, newline="") as file:
         if path.suffix.lower() == ".csv":
             reader = csv.DictReader(file)
             for row in reader:
@@ -127,7 +130,7 @@ def _fail(row: Any) -> dict[str, Any]:
 def _study(row: dict[str, Any], config: JsonlData, path: Path) -> Study:
     """One row. Raises ValueError that names the key, what was expected and what is there."""
     column = {field: config.columns.get(field, field) for field in FIELDS}
-    name = _text(row, column["id"])
+    name = _name(row, column["id"])
     if name is None:
         raise ValueError(f"no {column['id']!r}; each row needs a unique id (data.columns maps other names)")
     views = _list(row, column["views"])
@@ -142,14 +145,19 @@ def _study(row: dict[str, Any], config: JsonlData, path: Path) -> Study:
         demographics={key: str(value) for key, value in _object(row, column["demographics"]).items()},
         labels=_labels(row, column["labels"], config.labels),
         extra={key: row[key] for key in config.extra if key in row},
+        patient=_name(row, column["patient"]),
         **{field: _text(row, column[field]) for field in TEXTS},
     )
 
 
+def _name(row: Mapping[str, Any], key: str) -> str | None:
+    """An identifier, which may be a number."""
+    value = row.get(key)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(row, key)
+
+
 def _text(row: Mapping[str, Any], key: str) -> str | None:
     value = row.get(key)
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{key!r} must be text, not {type(value).__name__}")
     return value if value and value.strip() else None

