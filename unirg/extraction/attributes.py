@@ -2,8 +2,8 @@
 
 from .phrases import Item
 
-MODIFIERS = frozenset(("side", "place", "both_sides", "severity"))
-_FINDINGS = frozenset(("finding", "only_denied"))
+MODIFIERS = frozenset(("side", "place", "both_sides", "severity", "size"))
+_FINDINGS = frozenset(("finding", "only_denied", "stated"))
 _JOINTS = frozenset(("and", "or", "comma", "with", "doubt", "deny", "denied", "doubted"))
 _SIDES = frozenset(("side", "both_sides"))
 _PLACES = frozenset(("place", "both_sides"))
@@ -22,16 +22,15 @@ def windows(items: list[Item]) -> dict[int, Window]:
     for n, item in enumerate(items):
         kind = item.kind
         if kind in _FINDINGS:
-            before, joint = gap, None
+            stated = previous is not None or any(each.kind == "predicate" for each in gap)
+            joints = [k for k, each in enumerate(gap) if each.kind in (_JOINTS if stated else ())]
+            cut = joints[-1] + 1 if joints else len(gap) if previous is not None else 0
+            before = gap[cut:]
             if previous is not None:
-                cut = next((k for k in range(len(gap) - 1, -1, -1) if gap[k].kind in _JOINTS), None)
-                joint = gap[0] if len(gap) == 1 else None
-                before = [] if cut is None else gap[cut + 1 :]
-                found[previous][1].extend(gap if cut is None else gap[:cut])
-            own = [each for each in before if each.kind in MODIFIERS]
-            if joint is not None and joint.kind in ("or", "doubt") and previous is not None:
-                own = list(found[previous][0])  # "left basilar atelectasis or infiltrate"
-            found[n] = (own, [])
+                found[previous][1].extend(gap[:cut])
+            if previous is not None and len(gap) == 1 and gap[0].kind in ("or", "doubt"):
+                before = found[previous][0]  # "left basilar atelectasis or infiltrate"
+            found[n] = ([each for each in before if each.kind in MODIFIERS], [])
             gap, previous = [], n
         elif kind == "end":
             if previous is not None:
@@ -63,3 +62,25 @@ def place(before: list[Item], after: list[Item]) -> str | None:
 def severity(before: list[Item], after: list[Item]) -> str | None:
     """The severity named nearest: the last before the finding, else the first after it."""
     return next((item.value for item in (*reversed(before), *after) if item.kind == "severity"), None)
+
+
+def size(before: list[Item], after: list[Item]) -> float | None:
+    """The measurement named nearest, in millimetres."""
+    return next((item.value for item in (*reversed(before), *after) if item.kind == "size"), None)
+
+
+_MILLIMETRES = {"mm": 1.0, "cm": 10.0, "millimeter": 1.0, "millimeters": 1.0, "centimeter": 10.0, "centimeters": 10.0}
+
+
+def with_sizes(items: list[Item], words: list[str]) -> list[Item]:
+    """`items` with the sentence's measurements added in order: "3.2 cm", or of "22 x 14 mm" the greatest."""
+    sizes = []
+    for n, word in enumerate(words):
+        if word not in _MILLIMETRES or n == 0 or not words[n - 1][0].isdecimal():
+            continue
+        first = n - 1
+        while first >= 2 and words[first - 1] in ("x", "by") and words[first - 2][0].isdecimal():
+            first -= 2
+        value = max(float(number) for number in words[first:n:2]) * _MILLIMETRES[word]
+        sizes.append(Item("size", value, first, n + 1))
+    return sorted([*items, *sizes], key=lambda item: item.first) if sizes else items

@@ -73,7 +73,7 @@ CUES: dict[str, str] = {
         not rule out
         possibly|likely|probably|perhaps|presumably|probable|xxxx due|secondary|related to
         may|might|could|can be secondary|due|related to
-        most? xxxx represent|represents|representing|reflect|reflects|reflecting|due|related to?
+        in the appropriate|right|proper|correct clinical setting|context
         differential includes|include|considerations|diagnosis? includes|include?
         versus|vs
     """,
@@ -95,7 +95,7 @@ CUES: dict[str, str] = {
         r / o
         evaluate|evaluation|eval|assess|assessment|check|look|looking|query for?
         to? exclude|evaluate|assess
-        history of|for?
+        history of|for
         known history of
         h / o
         hx of
@@ -103,6 +103,8 @@ CUES: dict[str, str] = {
         patient has|with history of
         previous|prior|old history of
         at risk for
+        could|may|might|can obscure|mask|hide
+        detecting|detection of?
         follow up for
         recommend
     """,
@@ -247,6 +249,8 @@ ANATOMY: dict[str, str] = {
         bones|osseous and soft tissues|tissue structures?
     """,
     "markings": "interstitial|bronchovascular|lung|interstitium? markings\ninterstitium",
+    "volumes": "lung? volume|volumes\npulmonary volume|volumes\ninspiration",
+    "arteries": "main|central? pulmonary artery|arteries",
     "chest": "chest|exam|examination|study|radiograph|radiographs|film|x ray? chest?",
 }
 PREDICATES: dict[str, str] = {
@@ -268,7 +272,8 @@ PREDICATES: dict[str, str] = {
     "enlarged": "enlarged|enlargement|big|increased|enlarging",
     "prominent": "prominent|prominence|full|fullness|engorged|congested|distended|indistinct|plethoric",
     "borderline": """
-        borderline|borderline enlarged|enlargement|large|size|prominent|increased
+        borderline enlarged|enlargement|large|prominent|increased?
+        borderline in? size
         mildly prominent
     """,
     "widened": "widened|wide|widening",
@@ -276,6 +281,7 @@ PREDICATES: dict[str, str] = {
     "calcified": "calcified|calcification|calcifications",
     "elevated": "elevated|elevation|raised|eventrated",
     "flat": "flattened|flattening",
+    "low": "low|decreased|diminished|reduced|shallow|poor",
     "blunted": "blunted|blunting|obscured|effaced",
     "sharp": "sharp|preserved|maintained",
     "thickened": "thickened|thickening",
@@ -320,6 +326,8 @@ SAID: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
         "normal": (("lymphadenopathy", _NEG),),
     },
     "diaphragm": {"elevated": (("elevated_diaphragm", _POS),), "flat": (("hyperinflation", _POS),)},
+    "volumes": {"low": (("low_lung_volumes", _POS),), "normal": (("low_lung_volumes", _NEG),)},
+    "arteries": {**dict.fromkeys(("enlarged", "prominent"), (("pulmonary_artery_enlargement", _POS),))},
     "bones": {"normal": (("fracture", _NEG),)},
     "markings": {**dict.fromkeys(("enlarged", "prominent"), (("opacity", _POS),))},
     "chest": dict.fromkeys(("normal", "clear"), (("abnormality", _NEG),)),

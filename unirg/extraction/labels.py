@@ -9,11 +9,11 @@ CHEXPERT14: dict[str, tuple[str, ...]] = {
     "No Finding": (),
     "Enlarged Cardiomediastinum": ("enlarged_mediastinum",),
     "Cardiomegaly": ("cardiomegaly",),
-    "Lung Lesion": ("nodule", "mass", "lesion", "malignancy", "cavity"),
+    "Lung Lesion": ("nodule", "nodular_opacity", "mass", "lesion", "malignancy", "cavity"),
     "Lung Opacity": ("opacity", "infiltrate", "interstitial_disease"),
     "Edema": ("edema", "congestion", "heart_failure"),
     "Consolidation": ("consolidation",),
-    "Pneumonia": ("pneumonia",),
+    "Pneumonia": ("pneumonia", "infection"),
     "Atelectasis": ("atelectasis",),
     "Pneumothorax": ("pneumothorax",),
     "Pleural Effusion": ("effusion",),
@@ -38,6 +38,7 @@ CXR14: dict[str, tuple[str, ...]] = {
     "Hernia": ("hernia",),
 }
 SCHEMES = {"chexpert14": CHEXPERT14, "cxr14": CXR14}
+_HARDWARE = frozenset(("device", "postsurgical_change"))
 _VALUE = {"positive": 1, "uncertain": -1, "negative": 0}
 _STRENGTH = {1: 2, -1: 1, 0: 0}
 
@@ -46,8 +47,8 @@ def label_vector(report: str, scheme: str) -> dict[str, int | None]:
     """Label -> 1 present, 0 absent, -1 uncertain, None not mentioned; where mentions differ, 1 wins over -1 over 0.
 
     `scheme` is "chexpert14" (the CheXpert labeler's 14 names, Irvin et al. 2019) or "cxr14" (NIH ChestX-ray14's,
-    Wang et al. 2017). "No Finding" is 1 where nothing but devices is affirmed or doubted, else None. As in the CheXpert
-    labeler, "lungs are clear" leaves "Lung Opacity" unmentioned. Raises ValueError for another scheme.
+    Wang et al. 2017). "No Finding" is 1 where nothing but devices and surgery is affirmed or doubted, else None. As in
+    the CheXpert labeler, "lungs are clear" leaves "Lung Opacity" unmentioned. Raises ValueError for another scheme.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme {scheme!r} is unknown: expected one of {', '.join(SCHEMES)}")
@@ -78,5 +79,5 @@ def _implied_opacity(mention: Mention) -> bool:
 
 
 def is_normal(report: str) -> bool:
-    """Whether nothing is affirmed or doubted but devices in place; an empty report counts as normal."""
-    return all(mention.polarity == "negative" or mention.finding == "device" for mention in extract(report))
+    """Whether nothing is affirmed or doubted but devices and surgery; an empty report counts as normal."""
+    return all(mention.polarity == "negative" or mention.finding in _HARDWARE for mention in extract(report))

@@ -18,9 +18,8 @@ PHRASES: dict[str, str] = {
         lung|lobar|lobe|basilar|base|segmental collapse
         partial|complete collapse
         collapse|collapsed
-        volume loss
-        loss of volume
     """,
+    "volume_loss": "volume loss\nloss of volume",
     "cardiomegaly": """
         cardiomegaly|megalocardia
         cardiac|heart|ventricular|biventricular enlargement
@@ -125,12 +124,14 @@ PHRASES: dict[str, str] = {
     "pneumonia": """
         pneumonia|pneumonias|pneumonic|bronchopneumonia
         pneumonitis
+    """,
+    "infection": """
         infection|infectious
         infectious process|etiology
+        tuberculosis|histoplasmosis|abscess
     """,
     "pneumothorax": """
         pneumothorax|pneumothoraces|pneumothoraxes|ptx
-        lucency at|in|of the? right|left? apex
     """,
     "infiltrate": """
         infiltrate|infiltrates|infiltration|infiltrations
@@ -164,14 +165,14 @@ PHRASES: dict[str, str] = {
     """,
     "nodule": """
         nodule|nodules|nodular|nodularity
-        nodular density|densities|opacity|opacities|opacification
         nodule|nodules / mass
         calcified? nodule|nodules
     """,
+    "nodular_opacity": "nodular density|densities|opacity|opacities|opacification|shadow|shadows",
     "granuloma": """
         granuloma|granulomas|granulomata|granulomatous
         calcified? granuloma|granulomas|granulomata
-        granulomatous disease|process|change|changes
+        granulomatous disease|process|change|changes|infection|sequela|sequelae
     """,
     "cavity": """
         cavity|cavities|cavitation|cavitary
@@ -203,13 +204,15 @@ PHRASES: dict[str, str] = {
         degenerative|degeneration|spondylosis|osteophyte|osteophytes|osteophytosis|arthritis|arthritic|arthrosis|osteoarthritis
         degenerative change|changes|disease
         degenerative joint|disc|disk disease|changes
+        spur|spurs|spurring|syndesmophytes
+        endplate|arthritic|hypertrophic change|changes
     """,
     "osteopenia": """
         osteopenia|osteopenic|osteoporosis|osteoporotic|demineralization|demineralized
     """,
     "scoliosis": """
         scoliosis|scoliotic|dextroscoliosis|levoscoliosis|dextrocurvature|levocurvature|kyphoscoliosis
-        spinal|spine curvature
+        spinal|spine|thoracolumbar|thoracic curvature
         curvature of the? thoracic|thoracolumbar|lumbar? spine
     """,
     "kyphosis": """
@@ -239,7 +242,7 @@ PHRASES: dict[str, str] = {
         soft tissue emphysema|air|gas
     """,
     "low_lung_volumes": """
-        low|decreased|diminished|reduced|small|shallow lung volume|volumes
+        low|lower|decreased|diminished|reduced|small|shallow lung volume|volumes
         low inspiratory volume|volumes
         hypoinflation|hypoinflated|hypoventilation|hypoventilatory|underinflation|underinflated
         shallow|poor inspiration
@@ -264,22 +267,51 @@ PHRASES: dict[str, str] = {
         pacing|pacer|icd|pacemaker lead|leads|wire|wires|device
         pacer|pacers|leads|wires|drain|drains|hardware|prosthesis|prostheses|device|devices
         support devices|apparatus|lines
-        sternotomy|sternal wire|wires
+        sternotomy|sternal|median wire|wires
+        sternotomy wire|wires|xxxx and clips
         valve replacement|prosthesis
         prosthetic|artificial valve
-        vascular|surgical? clip|clips
+        surgical|vascular|mediastinal? clip|clips
         staples|sutures|screws|screw|rods|coil|coils
         monitoring leads|devices
         cardiac device|generator
         intra aortic balloon pump
         arthroplasty
     """,
+    "postsurgical_change": """
+        postsurgical|postoperative|surgical change|changes
+        post surgical|operative change|changes
+        sternotomy|thoracotomy|lobectomy|pneumonectomy|mastectomy|cabg|bypass
+        median sternotomy
+        bypass graft|grafting|surgery
+    """,
+    "pulmonary_artery_enlargement": """
+        enlarged|prominent|dilated main|central? pulmonary artery|arteries
+        enlargement|prominence of the? main|central? pulmonary artery|arteries
+    """,
+}
+
+# Phrases that state a finding with a polarity of their own; a denial before them turns it round.
+STATED: dict[tuple[str, str], str] = {
+    ("device_malposition", "negative"): """
+        well|appropriately|adequately|satisfactorily|properly positioned|placed|located
+        in? satisfactory|good|appropriate|adequate|standard|expected|proper|acceptable position|positions|positioning
+        in well positioned
+        cm|centimeters above the? carina
+        above the? carina
+        tip|tips in|at|within|over|overlying|terminates|projecting the? lower|upper|mid|distal|proximal? svc
+        tip|tips in|at|within|over|overlying the? cavoatrial|caval junction
+        tip|tips in|at|within|over|overlying the? superior vena cava
+    """,
+    ("pneumothorax", "uncertain"): "lucency at|in|of the? right|left? apex\nright|left? apical lucency",
 }
 
 # Words too general to state a finding, that still deny one: "no acute cardiopulmonary process", "no osseous lesion".
 DENIED_ONLY: dict[str, str] = {
     "abnormality": f"""
-        acute|active|significant? {_CHEST}? {_PROCESS}
+        acute|active|significant {_CHEST}? {_PROCESS}
+        {_CHEST} {_PROCESS}
+        abnormality|abnormalities
         acute|active cardiopulmonary|cardiac and|or? pulmonary|pleural|lung {_PROCESS}
     """,
     "fracture": f"acute|focal|suspicious|aggressive|destructive? {_BONE} {_PROCESS}|lesion|lesions|injury|injuries",

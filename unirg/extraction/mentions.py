@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .attributes import MODIFIERS, Window, place, severity, side, windows
+from .attributes import MODIFIERS, Window, place, severity, side, size, windows, with_sizes
 from .cues import ANATOMY, BOTH_SIDES, CUES, PLACES, PREDICATES, SAID, SEVERITIES, SIDES
-from .lexicon import DENIED_ONLY, PHRASES
+from .lexicon import DENIED_ONLY, PHRASES, STATED
 from .phrases import TOKEN, Item, Trie, add, scan
 from .scope import ASKED, polarities
 from .sentences import fold, sentences
@@ -19,7 +19,8 @@ class Mention:
 
     `finding` is a name of `FINDINGS`; `polarity` is "positive", "negative" or "uncertain"; `side` is "left", "right" or
     "bilateral"; `place` ("lower lobe", "base", ...) and `severity` ("small", "moderate", ...) are canonical words (see
-    `cues.py`); all three are None where unsaid. `text` is `report[start:end]`.
+    `cues.py`); `size_mm` is the measurement given with it, in millimetres; all four are None where unsaid. `text` is
+    `report[start:end]`.
     """
 
     finding: str
@@ -30,6 +31,7 @@ class Mention:
     start: int
     end: int
     text: str
+    size_mm: float | None = None
 
 
 def _lines(text: str) -> list[str]:
@@ -52,11 +54,14 @@ def _all() -> Trie:
     trie = _modifiers()
     for table, kind in ((PHRASES, "finding"), (DENIED_ONLY, "only_denied"), (ANATOMY, "anatomy")):
         _enter(trie, table, kind)
+    for stated, text in STATED.items():
+        add(trie, _lines(text), "stated", stated)
     _enter(trie, PREDICATES, "predicate")
     _enter(trie, CUES, None)
     return trie
 
 
+_TELLING = frozenset(("finding", "only_denied", "stated", "predicate"))
 _TRIE = _all()
 _MODIFIERS_ALONE = (
     _modifiers()
@@ -75,14 +80,14 @@ def extract(report: str) -> tuple[Mention, ...]:
     folded = fold(report)
     mentions = []
     for begin, end in sentences(folded):
-        for finding, polarity, where, spot, degree, first, last in _read(folded[begin:end]):
+        for finding, polarity, where, spot, degree, extent, first, last in _read(folded[begin:end]):
             first, last = first + begin, last + begin
-            mentions.append(Mention(finding, polarity, where, spot, degree, first, last, report[first:last]))
+            mentions.append(Mention(finding, polarity, where, spot, degree, first, last, report[first:last], extent))
     mentions.sort(key=lambda mention: mention.start)
     return tuple(mentions)
 
 
-Found = tuple[str, str, str | None, str | None, str | None, int, int]
+Found = tuple[str, str, str | None, str | None, str | None, float | None, int, int]
 
 
 @lru_cache(maxsize=65536)
@@ -91,24 +96,34 @@ def _read(sentence: str) -> tuple[Found, ...]:
     tokens = list(TOKEN.finditer(sentence))
     words = [token.group() for token in tokens]
     items = scan(words, _TRIE)
-    if not any(item.kind in ("finding", "only_denied", "predicate", "anatomy") for item in items):
+    if not any(item.kind in _TELLING for item in items):
         return ()
+    items = with_sizes(items, words)
     states = polarities(items, words)
     found: list[Found] = []
 
     def note(finding: str, polarity: str, window: Window, first: int, last: int) -> None:
-        degree = severity(*window) if polarity != "negative" else None  # "no large effusion" has no size
-        found.append(
-            (finding, polarity, side(*window), place(*window), degree, tokens[first].start(), tokens[last - 1].end())
-        )
+        degree, extent = (severity(*window), size(*window)) if polarity != "negative" else (None, None)
+        if finding in ("device", "device_malposition"):
+            extent = None  # "tip 5 cm above the carina" tells where it ends, not how large it is
+        span = tokens[first].start(), tokens[last - 1].end()
+        found.append((finding, polarity, side(*window), place(*window), degree, extent, *span))
 
     for n, window in windows(items).items():
         item, state = items[n], states[n]
-        inside = scan(words[item.first : item.last], _MODIFIERS_ALONE) if item.last - item.first > 1 else []
+        inside: list[Item] = []
+        if item.last - item.first > 1 and item.value != ("low_lung_volumes",):  # its "lower" is no place
+            inside = scan(words[item.first : item.last], _MODIFIERS_ALONE)
         if state == ASKED or state is None or (item.kind == "only_denied" and state != "negative"):
             continue
-        for finding in item.value:
-            note(finding, state, (window[0] + inside, window[1]), item.first, item.last)
+        if item.kind == "stated":
+            finding, polarity = item.value
+            state = _FLIPPED[polarity] if state == "negative" else polarity
+            names: tuple[str, ...] = (finding,)
+        else:
+            names = item.value
+        for name in names:
+            note(name, state, (window[0] + inside, window[1]), item.first, item.last)
     for subject, predicate, state in _statements(items, states, words):
         for finding, polarity in SAID[subject.value].get(predicate.value, ()):
             if state == "negative":

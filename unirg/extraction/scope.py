@@ -10,6 +10,7 @@ from .phrases import Item
 
 ASKED = "asked"
 _REACH = {"deny": "negative", "doubt": "uncertain", "asked": ASKED}
+_STATES = frozenset(("finding", "only_denied", "stated", "predicate"))
 _RANK = {"positive": 0, "uncertain": 1, "negative": 2, ASKED: 3}
 _FRESH = frozenset(FRESH.split("|"))
 
@@ -26,13 +27,15 @@ def polarities(items: list[Item], words: list[str]) -> list[str | None]:
     reached = 0  # how many findings the present reach has covered
     clause: list[int] = []  # findings of the present clause, for backward cues
     verb = False  # a verb has closed the present reach's list ("no effusion is seen and ...")
-    doubt_next = False
+    doubt_next = listing = False
     last_or = max((n for n, item in enumerate(items) if item.kind == "or"), default=-1)
     for n, item in enumerate(items):
         kind = item.kind
-        if kind == "finding" or kind == "only_denied" or kind == "predicate":
+        if kind in _STATES:
             result[n] = reach
-            if kind == "predicate":
+            if kind == "stated" and _direct(items, n):
+                result[n] = "negative"
+            elif kind == "predicate":
                 result[n] = "negative" if _direct(items, n) else "positive" if reach == "negative" else reach
             if kind == "predicate":
                 if item.value in ("normal", "clear") and result[n] == "positive":
@@ -49,8 +52,11 @@ def polarities(items: list[Item], words: list[str]) -> list[str | None]:
                 doubt_next = True
             elif kind == "doubt" and reach in ("negative", ASKED):
                 pass  # "no possible effusion", "without suspicious nodule" stay denied
+            elif kind == "doubt" and clause and not _ahead(items, n):
+                _raise(result, clause[-1:], "uncertain")  # "pneumonia suspected"
             else:
                 reach, reached, verb = _REACH[kind], 0, False
+                listing = words[item.first] == "differential"  # a list of possibilities, whatever joins it
         elif kind == "denied":
             _raise(result, clause, "negative")
             clause, reach, reached = [], "positive", 0
@@ -66,7 +72,7 @@ def polarities(items: list[Item], words: list[str]) -> list[str | None]:
                 reach, reached = "positive", 0
         elif kind == "verb":
             verb = reached > 0
-        elif kind in ("comma", "and") and reached and _fresh(items, n, words, reach, verb, last_or):
+        elif kind in ("comma", "and") and reached and not listing and _fresh(items, n, words, reach, verb, last_or):
             reach, reached, clause, verb = "positive", 0, [], False
     return result
 
@@ -79,6 +85,16 @@ def _fresh(items: list[Item], n: int, words: list[str], reach: str, verb: bool, 
         return True
     after = items[n].last
     return after < len(words) and words[after] in _FRESH
+
+
+def _ahead(items: list[Item], n: int) -> bool:
+    """Whether a finding or predicate follows item `n` in its clause."""
+    for item in items[n + 1 :]:
+        if item.kind in _STATES:
+            return True
+        if item.kind == "end":
+            return False
+    return False
 
 
 def _direct(items: list[Item], n: int) -> bool:
