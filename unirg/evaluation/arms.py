@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from unirg.errors import UserError
 from unirg.evaluation.evaluate import COMPLETE, Arm, EvaluationConfig, Measurement, compare, measure, summarise
 from unirg.scoring.contract import RewardConfig
 from unirg.scoring.engine import ScoringEngine
@@ -62,8 +63,8 @@ def best_constant(
 ) -> str:
     """The candidate that, written for every study, has the highest `headline` figure; the first of equals.
 
-    Give studies that are not the ones it will be scored on. Raises ValueError where there are no candidates or the
-    headline is no figure of theirs.
+    Give studies that are not the ones it will be scored on. Raises UserError where the headline is no figure
+    of theirs, ValueError where there are no candidates.
     """
     if not candidates:
         raise ValueError("the best constant report needs candidates: give the most frequent training reports")
@@ -73,7 +74,7 @@ def best_constant(
     for candidate in candidates:
         statistics = measure(studies, {study.id: candidate for study in studies}, engine).statistics
         if headline not in statistics:
-            raise ValueError(f"evaluation.headline '{headline}' is no figure here; there are: {', '.join(statistics)}")
+            raise UserError(f"evaluation.headline '{headline}' is no figure here; there are: {', '.join(statistics)}")
         if statistics[headline].value > best_value:
             best, best_value = candidate, statistics[headline].value
     return best

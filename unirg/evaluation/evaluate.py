@@ -41,7 +41,8 @@ class EvaluationConfig(Section):
     metrics: list[RewardConfig] = []
     """Rewards to report as metrics, beside the finding counts that every evaluation has."""
     headline: str = "positive_f1"
-    """The figure that decides: the best checkpoint, the best constant report, the order of the report's charts."""
+    """The figure that decides: the best checkpoint on dev, the best constant report; it is marked in the
+    tables. Such as positive_f1, truth_f1, negation_f1/complete, or a metric's label."""
     baseline: str | None = None
     """The stage that the others are compared with, study by study; default none."""
     stages: list[str] | None = None

@@ -123,6 +123,14 @@ def precision_and_recall(key: str) -> bool:
     return name.endswith(("_precision", "_recall")) and name.rpartition("_")[0] in TITLES
 
 
+def looked_at(evaluation: Mapping[str, Any]) -> list[str]:
+    """The figures worth showing sampled and shuffled: the headline, findings, negations and labels, against complete
+    references where there are some. The JSON has the others."""
+    known = {key for arm in evaluation["arms"].values() for key in arm["metrics"]}
+    counted = [f"{name}/complete" if f"{name}/complete" in known else name for name in ("positive_f1", "negation_f1")]
+    return list(dict.fromkeys(key for key in (evaluation["headline"], *counted, "truth_f1") if key in known))
+
+
 def _arms(evaluation: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("arm", no_wrap=True)
@@ -135,7 +143,7 @@ def _arms(evaluation: Mapping[str, Any]) -> Table:
 
 def _figures(evaluation: Mapping[str, Any]) -> Table:
     columns = evaluation["arms"] | evaluation["controls"]
-    table = _table(None, [name.replace(" report", "") for name in columns])
+    table = _table(None, [name.removesuffix(" report") for name in columns])
     for group, keys in figure_groups(evaluation).items():
         table.add_section()
         table.add_row(Text(group, style="italic"))
@@ -163,12 +171,9 @@ def _paired(evaluation: Mapping[str, Any]) -> Table:
 
 
 def _looking(evaluation: Mapping[str, Any]) -> Table:
-    """Greedy, sampled and shuffled figures of the arms, for the headline and the counted F1s."""
     arms = evaluation["arms"]
-    counted = [key for keys in figure_groups(evaluation).values() for key in keys if title(key) in TITLES.values()]
-    keys = dict.fromkeys([evaluation["headline"], *(key for key in counted if key not in OUTPUT_KEYS)])
     table = _table("greedy, sampled at temperature 1, and greedy with the films shuffled among the studies", arms)
-    for key in keys:
+    for key in looked_at(evaluation):
         greedy = [arm["metrics"].get(key) for arm in arms.values()]
         table.add_row(Text(f"{title(key)}, {against(key).removeprefix('against ')}"))
         table.add_row("  greedy", *(_mean(found) for found in greedy))
@@ -218,14 +223,14 @@ def _pair(precision: Mapping[str, Any] | None, recall: Mapping[str, Any] | None)
 
 
 def _difference(found: Mapping[str, Any] | None, *, inline: bool = False) -> Text:
-    """The difference with its interval: green where it is above 0 throughout, red where below, plain otherwise."""
+    """The difference, its relative gain and its interval; bold where the interval leaves out 0."""
     if not found or found["difference"] is None:
         return Text("–")
     sign = "+" if found["difference"] > 0 else ""
     clear = found["low"] is not None and (found["low"] > 0 or found["high"] < 0)
     text = Text(f"{sign}{decimals(found['difference'])}", style="bold" if clear else "")
     interval = f"[{decimals(found['low'])}, {decimals(found['high'])}]"
+    if not inline and found["relative"] is not None:
+        text.append(f" {percent(found['relative'])}", style="dim")
     text.append(f" {interval}" if inline else f"\n{interval}", style="dim")
-    if not inline:
-        text.append(f"\n{percent(found['relative'])}", style="dim")
     return text

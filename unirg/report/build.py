@@ -83,7 +83,7 @@ def _evaluation(evaluation: Mapping[str, Any], colours: Mapping[str, str]) -> di
         "groups": groups,
         "beside": {key: _beside(key) for keys in groups.values() for key in keys},
         "versus": evaluation["versus"],
-        "looking": _looking(evaluation, groups),
+        "looking": _looking(evaluation),
         "forests": forests,
         "finding_columns": list(columns),
         "findings": [
@@ -99,7 +99,7 @@ def _forest(key: str, arms: Mapping[str, Any], controls: Mapping[str, Any], colo
         for name in ("best constant report", "perfect reporter")
     ]
     figures = {name: arm["metrics"].get(key, {}) for name, arm in arms.items()}
-    return charts.forest(table.title(key), figures, colours, floor=ends[0], ceiling=ends[1])
+    return charts.forest(table.title(key), figures, colours, marks={"constant": ends[0], "perfect": ends[1]})
 
 
 def _beside(key: str) -> list[str]:
@@ -108,10 +108,10 @@ def _beside(key: str) -> list[str]:
     return [f"{stem.removesuffix('_f1')}_{what}{slash}{ending}" for what in ("precision", "recall")]
 
 
-def _looking(evaluation: Mapping[str, Any], groups: Mapping[str, list[str]]) -> list[dict[str, Any]]:
-    """Greedy, sampled and shuffled figures, for every F1 and metric."""
+def _looking(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Greedy, sampled and shuffled figures of the arms."""
     rows = []
-    for key in (key for group, keys in groups.items() if group != "outputs" for key in keys):
+    for key in table.looked_at(evaluation):
         variants = {"greedy": "metrics", "sampled": "sampled", "films shuffled": "shuffled"}
         cells = {
             label: [arm.get(source, {}).get(key) for arm in evaluation["arms"].values()]
@@ -141,7 +141,6 @@ def _sample(run: Path, sample: Mapping[str, Any], notes: list[str]) -> dict[str,
             image = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
         else:
             notes.append(f"samples/{path.name} is not there.")
-    labels = [key for key, value in (sample.get("labels") or {}).items() if value == 1]
     return {
         "id": sample["id"],
         "split": sample.get("split", ""),
@@ -149,9 +148,18 @@ def _sample(run: Path, sample: Mapping[str, Any], notes: list[str]) -> dict[str,
         "reference": sample["reference"],
         "complete": sample.get("complete"),
         "reports": sample["reports"],
-        "labels": ", ".join(label.replace("/", ", ").replace("_", " ") for label in labels) or "none",
+        "labels": _present(sample.get("labels") or {}),
         "has_labels": bool(sample.get("labels")),
     }
+
+
+def _present(labels: Mapping[str, int]) -> str:
+    """The findings that are there, with their sides: "cardiomegaly, left and right effusion"."""
+    words = []
+    for finding in (key for key, value in labels.items() if value == 1 and "/" not in key):
+        sides = [key.partition("/")[2] for key, value in labels.items() if value == 1 and key.startswith(f"{finding}/")]
+        words.append(" ".join([*([" and ".join(sides)] if sides else []), finding.replace("_", " ")]))
+    return ", ".join(words) or "no finding"
 
 
 def _rollout(stage: str, step: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -39,10 +39,9 @@ def forest(
     figures: Mapping[str, Mapping[str, Any]],
     colours: Mapping[str, str],
     *,
-    floor: float | None = None,
-    ceiling: float | None = None,
+    marks: Mapping[str, float | None],
 ) -> str:
-    """One figure of each arm with its interval, top to bottom; `floor` and `ceiling` as dashed lines where given."""
+    """One figure of each arm with its interval, top to bottom; `marks` (name -> value, or None) as dashed lines."""
     shown = [(name, found) for name, found in figures.items() if found.get("mean") is not None]
     figure, axes = _figure(3.5, 0.85 + 0.27 * len(shown))
     for row, (name, found) in enumerate(shown):
@@ -50,7 +49,7 @@ def forest(
         if low is not None and high is not None:
             axes.plot([low, high], [row, row], color=colours[name], linewidth=2.2, solid_capstyle="butt")
         axes.plot(mean, row, "o", color=colours[name], markersize=5)
-    for value, name in ((floor, "floor"), (ceiling, "ceiling")):
+    for name, value in marks.items():
         if value is not None:
             axes.axvline(value, color=GREY, linestyle=(0, (3, 2)), linewidth=1)
             axes.annotate(

@@ -36,17 +36,17 @@ def read_run(run: Path) -> RunContents:
         raise FileNotFoundError(f"{run}: no such run folder")
     contents = RunContents()
     note = contents.notes.append
-    contents.recipe_text = _read(run / "recipe.yaml", str, note) or ""
-    contents.recipe = _read(run / "recipe.yaml", yaml.safe_load, note, quiet=True) or {}
-    contents.manifest = _read(run / "manifest.json", json.loads, note) or {}
+    contents.recipe_text = _read(run, "recipe.yaml", str, note) or ""
+    contents.recipe = _read(run, "recipe.yaml", yaml.safe_load, note, quiet=True) or {}
+    contents.manifest = _read(run, "manifest.json", json.loads, note) or {}
     for path in sorted((run / "evaluation").glob("*.json")):
-        evaluation = _read(path, json.loads, note)
+        evaluation = _read(run, f"evaluation/{path.name}", json.loads, note)
         if evaluation:
             contents.evaluations[path.stem] = evaluation
     if not contents.evaluations:
         note(f"No evaluation yet: `unirg evaluate {run}` writes it.")
     contents.curves = _curves(run, note)
-    contents.samples = _read(run / "samples" / "samples.json", json.loads, note) or []
+    contents.samples = _read(run, "samples/samples.json", json.loads, note) or []
     for folder in sorted(path for path in (run / "rollouts").glob("*") if path.is_dir()):
         files = sorted(folder.glob("step-*.parquet"))
         if files:
@@ -58,10 +58,9 @@ def read_run(run: Path) -> RunContents:
     return contents
 
 
-def _read(path: Path, parse: Callable[[str], Any], note: Callable[[str], None], quiet: bool = False) -> Any:
-    where = f"{path.parent.name}/{path.name}"
+def _read(run: Path, where: str, parse: Callable[[str], Any], note: Callable[[str], None], quiet: bool = False) -> Any:
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse((run / where).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if not quiet:
             note(f"{where} is not there.")
