@@ -80,15 +80,18 @@ def draw_film(findings: Iterable[Finding], seed: int, size: int = 96) -> np.ndar
     """
     findings = [finding for finding in findings if finding[0] in DRAWABLE]
     named = {name: (side, place, severity) for name, side, place, severity in findings}
-    film = _anatomy(size, np.random.default_rng(seed), named)
+    # one stream each, so that the same patient with another finding differs in nothing else
+    patient, findings_rng, exposure = np.random.default_rng(seed).spawn(3)
+    film = _anatomy(size, patient, named)
+    film.rng = findings_rng
     for name, side, place, severity in findings:
         if name in _STROKES:
             _STROKES[name](film, side, place, severity)
-    grain = film.rng.standard_normal((size, size), dtype=np.float32)
+    grain = exposure.standard_normal((size, size), dtype=np.float32)
     grain = 0.6 * grain + 0.4 * np.roll(grain, 1, 0) + 0.4 * np.roll(grain, 1, 1)  # film grain is not quite white
     film.level += 0.022 * grain
-    exposure = film.rng.uniform(0.92, 1.08)
-    return (np.clip(film.level * exposure, 0, 1) * 255).astype(np.uint8)
+    level = np.clip(film.level * exposure.uniform(0.92, 1.08), 0, 1)
+    return (level * 255).astype(np.uint8)
 
 
 def _anatomy(size: int, rng: np.random.Generator, named: dict[str, tuple]) -> _Film:
@@ -101,6 +104,7 @@ def _anatomy(size: int, rng: np.random.Generator, named: dict[str, tuple]) -> _F
     bases = {"right": base - rng.uniform(0.01, 0.03), "left": base + rng.uniform(0.0, 0.02)}
     if "low_lung_volumes" in named:
         bases = {side: height - 0.09 for side, height in bases.items()}
+    heart_base = bases["left"]
     if "elevated_diaphragm" in named:
         for side in _sides(named["elevated_diaphragm"][0] or "right"):
             bases[side] -= 0.15
@@ -126,7 +130,7 @@ def _anatomy(size: int, rng: np.random.Generator, named: dict[str, tuple]) -> _F
         hilum = _blob(film, film.across(side, 0.27), 0.47, 0.055, 0.10)
         film.level += 0.16 * hilum * film.lungs[side]
     _ribs(film)
-    _mediastinum(film, named)
+    _mediastinum(film, named, heart_base)
     return film
 
 
@@ -141,7 +145,7 @@ def _ribs(film: _Film) -> None:
         film.level += 0.13 * _line(film, (inner, film.top + 0.07), (outer, film.top + 0.02), 0.018)
 
 
-def _mediastinum(film: _Film, named: dict[str, tuple]) -> None:
+def _mediastinum(film: _Film, named: dict[str, tuple], heart_base: float) -> None:
     """Spine, great vessels, heart and trachea, with the findings that are their shape."""
     rng, x, y = film.rng, film.x, film.y
     soft = np.zeros_like(film.level)
@@ -157,12 +161,11 @@ def _mediastinum(film: _Film, named: dict[str, tuple]) -> None:
     # the heart's half width makes the cardiothoracic ratio: about .45 of the cage, above .55 when enlarged
     ratio = rng.uniform(0.40, 0.45)
     if "cardiomegaly" in named:
-        ratio = 0.555 + 0.13 * _severity(named["cardiomegaly"][2]) + rng.uniform(0, 0.02)
+        ratio = 0.39 + 0.4 * ratio + 0.13 * _severity(named["cardiomegaly"][2])
     elif "hyperinflation" in named or "emphysema" in named:
         ratio -= 0.06
     rx = ratio * film.half_width
-    low = film.bases["left"]
-    soft = np.maximum(soft, 0.95 * _blob(film, 0.5 + 0.33 * rx, low - 0.125, rx * 0.98, 0.185, 2.6))
+    soft = np.maximum(soft, 0.95 * _blob(film, 0.5 + 0.33 * rx, heart_base - 0.125, rx * 0.98, 0.185, 2.6))
     level = film.level
     np.copyto(level, np.maximum(level, 0.70 * soft))
     if "aortic_calcification" in named:
