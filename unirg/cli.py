@@ -128,13 +128,12 @@ def _data_verbs(add: Add) -> None:
     parser.add_argument("--splits", metavar="NAMES", help="comma list such as train,dev; default all")
 
     def fetch(arguments: argparse.Namespace) -> int:
-        from unirg.data.openi import fetch_reports
+        from unirg.data.command import fetch
 
-        print(fetch_reports(arguments.to) if arguments.to else fetch_reports())
-        return 0
+        return fetch(arguments.name, arguments.to)
 
     parser = _verb(add_below, "fetch", "download Open-i's reports (29 MB, through pip; CC BY-NC-ND 4.0)", fetch)
-    parser.add_argument("what", choices=["openi"])
+    parser.add_argument("name", choices=["openi"])
     parser.add_argument("--to", type=Path, metavar="DIR", help="then set UNIRG_OPENI to it; default ~/.cache/unirg")
 
     def extract(arguments: argparse.Namespace) -> int:

@@ -37,7 +37,7 @@ ROOT = Path(unirg.__file__).parents[1]
             "unirg.data.command.check",
             [Path("r.yaml"), ["data.limit=3"], ["train", "dev"]],
         ),
-        ("data fetch openi --to d", "unirg.data.openi.fetch_reports", [Path("d")]),
+        ("data fetch openi --to d", "unirg.data.command.fetch", ["openi", Path("d")]),
         ("extract r.jsonl --labels cxr14", "unirg.extraction.command.run", [Path("r.jsonl"), False, "cxr14"]),
         (
             "evaluate runs/x --stages sft,grpo --json",
@@ -67,7 +67,7 @@ def test_verbs_hand_over(monkeypatch: pytest.MonkeyPatch, command: str, target: 
     module, _, name = target.rpartition(".")
     function = create_autospec(getattr(importlib.import_module(module), name), return_value=3)
     monkeypatch.setattr(f"{module}.{name}", function)
-    assert main(command.split()) == (0 if name in ("build", "fetch_reports") else 3)
+    assert main(command.split()) == (0 if name == "build" else 3)
     call = function.call_args
     assert [*call.args, *call.kwargs.values()] == given
 
