@@ -195,7 +195,7 @@ def _labels(row: Mapping[str, Any], key: str, columns: Mapping[str, str]) -> dic
         try:
             labels[finding] = int(float(value))
             valid = labels[finding] == float(value) and labels[finding] in (-1, 0, 1)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             valid = False
         if not valid:
             raise ValueError(f"label {finding!r} is {value!r}; expected 1, 0, -1 or nothing")
