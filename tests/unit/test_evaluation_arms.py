@@ -97,14 +97,14 @@ def test_metric_with_its_own_reference_column_is_given_once(studies: list[Study]
 
 
 def test_metric_that_takes_a_counted_name_is_refused(studies: list[Study], rewards: Path) -> None:
-    with pytest.raises(UserError, match="'positive_f1'.*label"):
+    with pytest.raises(UserError, match=r"'positive_f1'.*label"):
         evaluate_predictions(studies, own(studies), [RewardConfig(name=f"{rewards}:positive_f1")])
 
 
 def test_ids_that_do_not_match_are_named(studies: list[Study]) -> None:
-    with pytest.raises(UserError, match="1 of 10 studies have no report.*s9"):
+    with pytest.raises(UserError, match=r"1 of 10 studies have no report.*s9"):
         evaluate_predictions(studies, {study.id: NORMAL for study in studies[:-1]})
-    with pytest.raises(UserError, match="no study.*stranger"):
+    with pytest.raises(UserError, match=r"no study.*stranger"):
         evaluate_predictions(studies, own(studies) | {"stranger": NORMAL})
 
 
@@ -137,7 +137,7 @@ def test_best_constant_is_chosen_by_the_headline(studies: list[Study], rewards: 
     assert best_constant(studies, candidates, "negation_f1") == NORMAL
     metric = RewardConfig(name=f"{rewards}:overlap")
     assert best_constant(studies, candidates, "overlap", [metric]) == EFFUSION  # has the words of both references
-    with pytest.raises(UserError, match="'positve_f1'.*positive_f1"):
+    with pytest.raises(UserError, match=r"'positve_f1'.*positive_f1"):
         best_constant(studies, candidates, "positve_f1")
 
 

@@ -52,9 +52,7 @@ def test_what_the_reference_is_unsure_of_is_left_out_of_both_sides() -> None:
 
 def test_only_known_labels_are_counted() -> None:
     labels = {"effusion": 1, "effusion/left": 1, "effusion/right": 0, "edema": 0, "nodule": -1}
-    said = (
-        "Left pleural effusion. Pulmonary edema. Pulmonary nodule. Rib fracture."  # fracture: unknown, nodule: unsure
-    )
+    said = "Left pleural effusion. Pulmonary edema. Pulmonary nodule. Rib fracture."  # fracture: not known
     counts = count_against_labels([said], [labels])
     assert counted(counts["label"]) == (1, 1, 0)
     assert counted(counts["label_core"]) == (1, 1, 0)

@@ -88,7 +88,7 @@ def write_predictions(
     from unirg.rollout import generate_reports
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    _drop_cut_line(path)
+    drop_cut_line(path)
     done = set(read_predictions(path).reports) if path.exists() and path.stat().st_size else set()
     waiting = [study for study in studies if study.id not in done]
     with path.open("a", encoding="utf-8") as file:
@@ -130,7 +130,7 @@ def _take(predictions: Predictions, row: dict[str, Any], place: str) -> None:
             column[study_id] = row[key]
 
 
-def _drop_cut_line(path: Path) -> None:
+def drop_cut_line(path: Path) -> None:
     """Removes what follows the last line end, the rest of a write that was killed."""
     if not path.exists():
         return

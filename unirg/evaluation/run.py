@@ -14,7 +14,7 @@ from unirg.data import load_studies
 from unirg.errors import UserError
 from unirg.evaluation.arms import best_constant, evaluate_arms
 from unirg.evaluation.evaluate import Arm, EvaluationConfig
-from unirg.evaluation.predictions import Predictions, read_predictions, write_predictions
+from unirg.evaluation.predictions import Predictions, drop_cut_line, read_predictions, write_predictions
 from unirg.prompt import report_text
 from unirg.recipe.load import load_recipe
 from unirg.report import write_samples
@@ -56,7 +56,7 @@ def evaluate_run(
     """
     recipe = load_run_recipe(run)
     config = recipe.evaluation
-    names = _stages(run, recipe, stages)
+    names = _stages(run, recipe, split, stages)
     if baseline is not None:
         if baseline not in names:
             raise UserError(f"--baseline {baseline}: not among the stages evaluated ({', '.join(names)})")
@@ -105,11 +105,12 @@ def stage_predictions(
         path.unlink()  # reports of an earlier policy
     wanted = [study.id for study in studies]
     if path.exists():
+        drop_cut_line(path)
         found = _whole(path, set(wanted))
         if found is not None:
             return found
     if not folder.exists():
-        raise UserError(f"{run}: stage '{stage}' is not finished (no {folder.relative_to(run)}); train it first")
+        raise UserError(f"{run}: stage '{stage}' has no {folder.relative_to(run)} to write the missing reports with")
     policy = load_stage_policy(recipe, folder)
     kind = "sampled" if sampled else "greedy"
     return write_predictions(
@@ -139,15 +140,19 @@ def max_new_tokens(recipe: "Recipe") -> int:
     return limits[-1] if limits else 256
 
 
-def _stages(run: Path, recipe: "Recipe", asked: Sequence[str] | None) -> list[str]:
-    """The stages to evaluate. Those asked for by name must be there; of the others only finished ones are taken."""
+def _stages(run: Path, recipe: "Recipe", split: str, asked: Sequence[str] | None) -> list[str]:
+    """The stages to evaluate. Those asked for by name must be finished, or have left reports; of the others only the
+    finished are taken."""
     writing = [stage.name for stage in recipe.stages if stage.kind != "vision"]
     names = list(asked or recipe.evaluation.stages or ())
     if unknown := [name for name in names if name not in writing]:
         raise UserError(f"{run}: no stage '{unknown[0]}' that writes reports; there are: {', '.join(writing)}")
+    finished = [name for name in writing if final_folder(run, name).exists()]
+    left = [name for name in names if (run / "predictions" / split / f"{name}.jsonl").exists()]
+    if waiting := [name for name in names if name not in (*finished, *left)]:
+        raise UserError(f"{run}: stage '{waiting[0]}' is not finished; train it first, or name other stages")
     if names:
         return names
-    finished = [name for name in writing if final_folder(run, name).exists()]
     if not finished:
         raise UserError(f"{run}: no stage is finished yet; train it first")
     return finished
