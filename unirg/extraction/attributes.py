@@ -7,6 +7,7 @@ _FINDINGS = frozenset(("finding", "only_denied", "stated"))
 _JOINTS = frozenset(("and", "or", "comma", "with", "doubt", "deny", "denied", "doubted"))
 _SIDES = frozenset(("side", "both_sides"))
 _PLACES = frozenset(("place", "both_sides"))
+_MOST = 12  # modifiers that one finding can have before it; keeps repeated words linear in time
 Window = tuple[list[Item], list[Item]]
 
 
@@ -25,7 +26,7 @@ def windows(items: list[Item]) -> dict[int, Window]:
             stated = previous is not None or any(each.kind == "predicate" for each in gap)
             joints = [k for k, each in enumerate(gap) if each.kind in (_JOINTS if stated else ())]
             cut = joints[-1] + 1 if joints else len(gap) if previous is not None else 0
-            before = gap[cut:]
+            before = gap[cut:][-_MOST:]
             if previous is not None:
                 found[previous][1].extend(gap[:cut])
             if previous is not None and len(gap) == 1 and gap[0].kind in ("or", "doubt"):

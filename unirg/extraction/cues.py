@@ -132,7 +132,6 @@ CUES: dict[str, str] = {
         not well|fully|completely|clearly visualized|evaluated|seen|assessed|included
         consistent|compatible|associated|together|along|in keeping with
         in addition to
-        there is|are no longer
         no more than
         no further change
         no prior|previous|comparison|priors

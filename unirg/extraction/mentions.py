@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .attributes import MODIFIERS, Window, place, severity, side, size, windows, with_sizes
-from .cues import ANATOMY, BOTH_SIDES, CUES, PLACES, PREDICATES, SAID, SEVERITIES, SIDES
+from .cues import ANATOMY, BOTH_SIDES, CUES, PLACES, PREDICATES, SEVERITIES, SIDES
 from .lexicon import DENIED_ONLY, PHRASES, STATED
 from .phrases import TOKEN, Item, Trie, add, scan
 from .scope import ASKED, polarities
 from .sentences import fold, sentences
+from .statements import Statement, statements
 
 _FLIPPED = {"positive": "negative", "negative": "positive", "uncertain": "negative"}
 
@@ -61,7 +62,7 @@ def _all() -> Trie:
     return trie
 
 
-_TELLING = frozenset(("finding", "only_denied", "stated", "predicate"))
+_TELLING = frozenset(("finding", "only_denied", "stated", "predicate", "severity"))
 _TRIE = _all()
 _MODIFIERS_ALONE = (
     _modifiers()
@@ -124,49 +125,13 @@ def _read(sentence: str) -> tuple[Found, ...]:
             names = item.value
         for name in names:
             note(name, state, (window[0] + inside, window[1]), item.first, item.last)
-    for subject, predicate, state in _statements(items, states, words):
-        for finding, polarity in SAID[subject.value].get(predicate.value, ()):
-            if state == "negative":
-                if polarity == "negative":
-                    continue  # "not clear" says too little
-                polarity = "negative"
-            elif state == "uncertain" and polarity == "positive":
-                polarity = "uncertain"
-            near = [item for item in items if item.kind in MODIFIERS and -3 <= item.first - predicate.first <= 1]
-            first, last = min(subject.first, predicate.first), max(subject.last, predicate.last)
-            note(finding, polarity, (near, []), first, last)
+    for statement in statements(items, states, words):
+        near = [each for each in items[max(0, statement.at - 3) : statement.at + 2] if _stands_with(each, statement)]
+        note(statement.finding, statement.polarity, (near, []), statement.first, statement.last)
     return tuple(found)
 
 
-def _statements(items: list[Item], states: list[str | None], words: list[str]) -> list[tuple[Item, Item, str]]:
-    """(anatomy, predicate, state) for what is said of anatomy: "heart size is normal", "clear lungs"."""
-    said = []
-    waiting: list[Item] = []  # anatomy with nothing said of it yet in this clause
-    last: list[Item] = []  # the subjects of the clause's last predicate
-    forward: tuple[Item, str] | None = None  # a predicate whose anatomy follows ("normal heart and mediastinum")
-    for n, item in enumerate(items):
-        kind = item.kind
-        if kind == "anatomy":
-            if forward is not None:
-                said.append((item, *forward))
-                last.append(item)
-            else:
-                waiting.append(item)
-        elif kind == "predicate" or (words[item.first] == "large" and waiting):
-            predicate = item if kind == "predicate" else Item("predicate", "enlarged", item.first, item.last)
-            state = states[n] or "positive"
-            forward = None
-            following = next((each for each in items[n + 1 : n + 3] if each.kind not in MODIFIERS), None)
-            if waiting:
-                last, waiting = waiting, []
-                said.extend((subject, predicate, state) for subject in last)
-            elif following is not None and following.kind == "anatomy" and following.first - item.last <= 2:
-                forward, last = (predicate, state), []
-            else:
-                said.extend((subject, predicate, state) for subject in last)
-        elif kind in ("end", "finding", "verb", "deny", "with"):
-            if kind != "verb" and kind != "deny":
-                waiting = waiting if kind == "end" and words[item.first] in ("there", "has") else []
-                last = [] if kind != "end" else last
-            forward = None
-    return [each for each in said if each[2] != ASKED]
+def _stands_with(item: Item, statement: Statement) -> bool:
+    """Whether the item is a modifier right beside the statement's predicate ("mildly enlarged")."""
+    distance = item.first - statement.predicate.first
+    return item.kind in MODIFIERS and item.first != statement.predicate.first and -3 <= distance <= 1

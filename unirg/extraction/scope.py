@@ -28,6 +28,7 @@ def polarities(items: list[Item], words: list[str]) -> list[str | None]:
     clause: list[int] = []  # findings of the present clause, for backward cues
     verb = False  # a verb has closed the present reach's list ("no effusion is seen and ...")
     doubt_next = listing = False
+    followed = _followed(items)
     last_or = max((n for n, item in enumerate(items) if item.kind == "or"), default=-1)
     for n, item in enumerate(items):
         kind = item.kind
@@ -52,7 +53,7 @@ def polarities(items: list[Item], words: list[str]) -> list[str | None]:
                 doubt_next = True
             elif kind == "doubt" and reach in ("negative", ASKED):
                 pass  # "no possible effusion", "without suspicious nodule" stay denied
-            elif kind == "doubt" and clause and not _ahead(items, n):
+            elif kind == "doubt" and clause and not followed[n]:
                 _raise(result, clause[-1:], "uncertain")  # "pneumonia suspected"
             else:
                 reach, reached, verb = _REACH[kind], 0, False
@@ -87,14 +88,13 @@ def _fresh(items: list[Item], n: int, words: list[str], reach: str, verb: bool, 
     return after < len(words) and words[after] in _FRESH
 
 
-def _ahead(items: list[Item], n: int) -> bool:
-    """Whether a finding or predicate follows item `n` in its clause."""
-    for item in items[n + 1 :]:
-        if item.kind in _STATES:
-            return True
-        if item.kind == "end":
-            return False
-    return False
+def _followed(items: list[Item]) -> list[bool]:
+    """For each item, whether a finding or predicate stands after it in its clause."""
+    result, ahead = [], False
+    for item in reversed(items):
+        result.append(ahead)
+        ahead = item.kind in _STATES or (ahead and item.kind != "end")
+    return result[::-1]
 
 
 def _direct(items: list[Item], n: int) -> bool:
