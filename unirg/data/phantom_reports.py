@@ -15,13 +15,16 @@ _REGIONS = {"lower": "lower lobe", "mid": "mid lung", "upper": "upper lobe", "ap
 
 @dataclass(frozen=True)
 class Style:
-    """An institution's way of writing. Templates may use {severity}, {side}, {region} and {device}; one is drawn."""
+    """An institution's way of writing: for each kind sentences, of which one is drawn.
+
+    Sentences are filled with {severity} ("mildly"), {plain} ("mild"), {side}, {region} and {device}, or the same with a
+    capital. A kind "effusion/bilateral" is used for both sides.
+    """
 
     order: tuple[str, ...]  # the order in which kinds are taken up
     present: Mapping[str, tuple[str, ...]]  # a finding's sentence
     absent: Mapping[str, tuple[str, ...]]  # what is said where a kind is absent; kinds not listed are passed over
     absent_pair: tuple[str, ...]  # neither effusion nor pneumothorax
-    both_sides: str  # "bilateral" as this institution says it
     normal_impression: tuple[str, ...] = ()  # of an institution that writes impressions
 
 
@@ -33,8 +36,13 @@ STYLES: dict[str, Style] = {
             "edema": ("There is {plain} pulmonary edema.",),
             "opacity": ("There is an opacity in the {side} {region}.", "Airspace opacity in the {side} {region}."),
             "atelectasis": ("There is linear atelectasis at the {side} base.", "Atelectasis at the {side} base."),
+            "atelectasis/bilateral": (
+                "There is linear atelectasis at the bilateral bases.",
+                "Atelectasis at the bilateral bases.",
+            ),
             "nodule": ("There is a nodule in the {side} {region}.",),
             "effusion": ("There is a {plain} {side} pleural effusion.",),
+            "effusion/bilateral": ("There are {plain} bilateral pleural effusions.",),
             "pneumothorax": ("There is a {plain} {side} pneumothorax.",),
             "device": ("A {device} is in place.",),
         },
@@ -46,7 +54,6 @@ STYLES: dict[str, Style] = {
             "pneumothorax": ("There is no pneumothorax.",),
         },
         absent_pair=("There is no pneumothorax or pleural effusion.", "There is no pleural effusion or pneumothorax."),
-        both_sides="bilateral",
     ),
     "B": Style(
         order=("device", "pleura", "opacity", "nodule", "atelectasis", "edema", "cardiomegaly"),
@@ -57,6 +64,7 @@ STYLES: dict[str, Style] = {
             "atelectasis": ("{Side} basilar atelectasis.",),
             "nodule": ("{Side} {region} nodule.",),
             "effusion": ("{Plain} {side} effusion.",),
+            "effusion/bilateral": ("{Plain} bilateral effusions.",),
             "pneumothorax": ("{Plain} {side} pneumothorax.",),
             "device": ("{Device} present.",),
         },
@@ -67,7 +75,6 @@ STYLES: dict[str, Style] = {
             "pneumothorax": ("No pneumothorax.",),
         },
         absent_pair=("No effusion or pneumothorax.",),
-        both_sides="bilateral",
         normal_impression=("No acute disease.", "No acute cardiopulmonary abnormality."),
     ),
     "C": Style(
@@ -77,8 +84,10 @@ STYLES: dict[str, Style] = {
             "edema": ("Findings of {plain} interstitial edema are noted.", "{Plain} interstitial edema is noted."),
             "opacity": ("Increased opacity is seen in the {side} {region}.", "{Side} {region} opacity is seen."),
             "atelectasis": ("Bandlike atelectasis is seen in the {side} lung base.",),
+            "atelectasis/bilateral": ("Bandlike atelectasis is seen in the bilateral lung bases.",),
             "nodule": ("A nodule projects over the {side} {region}.", "Nodule is seen in the {side} {region}."),
             "effusion": ("{Plain} {side} pleural effusion is seen.",),
+            "effusion/bilateral": ("{Plain} bilateral pleural effusions are seen.",),
             "pneumothorax": ("{Plain} {side} pneumothorax is seen.",),
             "device": ("{Device} is noted.",),
         },
@@ -90,7 +99,6 @@ STYLES: dict[str, Style] = {
             "cardiomegaly": ("Cardiac silhouette is not enlarged.", "Cardiac silhouette is normal in size."),
         },
         absent_pair=("No pleural effusion or pneumothorax is seen.",),
-        both_sides="bilateral",
     ),
     "D": Style(
         order=("pleura", "cardiomegaly", "device", "edema", "atelectasis", "opacity", "nodule"),
@@ -101,6 +109,7 @@ STYLES: dict[str, Style] = {
             "atelectasis": ("{Side} basilar atelectasis is present.",),
             "nodule": ("A {side} {region} nodule is present.",),
             "effusion": ("A {plain} {side} pleural effusion is present.",),
+            "effusion/bilateral": ("{Plain} bilateral pleural effusions are present.",),
             "pneumothorax": ("A {plain} {side} pneumothorax is present.",),
             "device": ("{Device} is again present.", "{Device} is unchanged."),
         },
@@ -111,7 +120,6 @@ STYLES: dict[str, Style] = {
             "pneumothorax": ("No evidence of pneumothorax.",),
         },
         absent_pair=("No evidence of pneumothorax or pleural effusion.",),
-        both_sides="bilateral",
         normal_impression=("No acute cardiopulmonary process.",),
     ),
 }
@@ -140,7 +148,8 @@ def write_report(
         if kind in omit or kind not in kinds:
             return
         if kind in present:
-            sentence = _fill(variants(kind, style.present[kind]), present[kind], style)
+            plural = f"{kind}/{present[kind][1]}"  # "effusion/bilateral", where it is said otherwise than of one side
+            sentence = _fill(variants(kind, style.present.get(plural) or style.present[kind]), present[kind])
             sentences.append(sentence)
             impressions.append(sentence)
         elif kind in style.absent:
@@ -156,23 +165,19 @@ def write_report(
             take_up("pneumothorax")
     if not style.normal_impression:
         return " ".join(sentences), None
-    # the most striking comes first: at most two findings, as impressions summarise
+    # an impression summarises: the first two findings that this institution takes up
     summary = impressions[:2] or [variants("impression", style.normal_impression)]
     return " ".join(sentences), " ".join(summary)
 
 
-def _fill(template: str, finding: Finding, style: Style) -> str:
+def _fill(template: str, finding: Finding) -> str:
     _, side, place, severity = finding
     words = {
         "severity": _ADVERBS.get(severity or "", ""),
         "plain": severity or "",
-        "side": style.both_sides if side == "bilateral" else side or "",
+        "side": side or "",
         "region": _REGIONS.get(place or "", ""),
         "device": _DEVICES.get(place or "", "device"),
     }
-    text = template.format(**words, **{name.capitalize(): word.capitalize() for name, word in words.items()})
-    if side == "bilateral":  # plural: "at the bilateral bases", "bilateral effusions are seen"
-        text = text.replace(" base.", " bases.").replace(" base ", " bases ").replace("effusion is", "effusions are")
-        text = text.replace("There is a ", "There are ").replace("A small", "Small").replace("A mod", "Mod")
-        text = text.replace("A large", "Large").replace("pleural effusion.", "pleural effusions.")
-    return " ".join(text.split())
+    capitals = {name.capitalize(): word.capitalize() for name, word in words.items()}
+    return " ".join(template.format(**words, **capitals).split())
