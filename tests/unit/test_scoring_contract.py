@@ -29,7 +29,7 @@ def test_arrays_are_taken(returned):
     assert validated_scores("r", returned, IDS) == [1.0, 0.5, 2.0]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "0.5", [0.5], 1j])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, np.float32("inf"), 10**400, "0.5", [0.5], 1j])
 def test_what_is_not_a_finite_number_is_named_with_its_study(bad):
     with pytest.raises(RewardError, match=r"reward 'mine'.*index 1 \(study b\)"):
         validated_scores("mine", [1.0, bad, 0.0], IDS)

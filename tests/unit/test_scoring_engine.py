@@ -81,7 +81,9 @@ def test_an_unknown_reference_column_is_named(rewards):
 
 
 def test_a_failure_names_the_reward_and_the_studies(rewards):
-    with pytest.raises(RewardError, match="reward 'fails' failed on studies 1, 2: KeyError: 'thing'"):
+    with pytest.raises(
+        RewardError, match=r"reward 'fails' failed on studies 1, 2: KeyError: 'thing' \(.*own.py:12, in fails\)"
+    ):
         _engine(rewards, "length", "fails").submit(BATCH)
 
 

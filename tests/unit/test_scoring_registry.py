@@ -138,3 +138,11 @@ def test_a_broken_plug_in_is_listed_and_hides_nothing(site, monkeypatch):
     assert listed["bleu"].error is None
     with pytest.raises(RewardError, match=r"'broken_example'.*cannot be loaded: ModuleNotFoundError"):
         load_reward("broken_example")
+
+
+def test_the_documented_example_works(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    (tmp_path / "my_rewards.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    reward = load_reward(f"{tmp_path}/my_rewards.py:names_a_side", {"worth": 0.5})
+    labels = [{"effusion/left": 1}, {"effusion/left": 1}, {"effusion": 0}]
+    assert reward.score(["Left effusion.", "Effusion.", "x"], [""] * 3, labels=labels) == [0.5, 0.0, None]

@@ -128,15 +128,17 @@ def validated_scores(name: str, returned: Any, study_ids: Sequence[str]) -> list
             f"reward '{name}' returned {len(returned)} scores for {len(study_ids)} candidates; expected one each "
             "(None where it cannot judge)"
         )
-    scores: list[float | None] = []
     for index, value in enumerate(returned):
-        if value is None:
-            scores.append(None)
-        elif isinstance(value, Real) and math.isfinite(value):
-            scores.append(float(value))
-        else:
+        if value is not None and not _is_finite(value):
             raise RewardError(
                 f"reward '{name}' returned {value!r} at index {index} (study {study_ids[index]}); expected a finite "
                 "number, or None where it cannot judge"
             )
-    return scores
+    return [None if value is None else float(value) for value in returned]
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False

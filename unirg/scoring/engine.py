@@ -6,6 +6,7 @@ collect, and rely on nothing in between.
 
 import itertools
 import math
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -118,4 +119,6 @@ def _say_which(label: str, study_ids: list[str], action: Callable[[], Answer]) -
         ids = list(dict.fromkeys(study_ids))
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         on = f" on studies {shown}" if ids else ""
-        raise RewardError(f"reward '{label}' failed{on}: {type(error).__name__}: {error}") from error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno}, in {where.name})"
+        raise RewardError(f"reward '{label}' failed{on}: {said}") from error
