@@ -140,7 +140,7 @@ def test_errors_say_what_to_do(folder: Path, tmp_path: Path, monkeypatch: pytest
         ("Cicatrix/lingula", ("scarring", "left", "mid", None)),
         ("Lung/hyperdistention", ("hyperinflation", None, None, None)),
         ("Lung/azygos lobe", None),
-        ("Opacity/lung/upper lobe/right/round/small", ("nodule", "right", "upper", "small")),
+        ("Opacity/lung/upper lobe/right/round/small", ("nodular_opacity", "right", "upper", "small")),
         ("Calcinosis/aorta", ("aortic_calcification", None, None, None)),
         ("Calcinosis/coronary vessels", None),
     ],

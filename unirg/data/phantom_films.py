@@ -17,6 +17,7 @@ Finding = tuple[str, str | None, str | None, str | None]
 of lung findings: "apex", "upper", "mid", "lower", "hilum"; of devices: "catheter", "pacemaker"."""
 
 _LEVELS = {"small": 0.0, "mild": 0.0, "moderate": 0.5, "large": 1.0, "severe": 1.0}
+_OVERINFLATED = ("hyperinflation", "emphysema", "copd")
 _HEIGHTS = {"apex": 0.2, "upper": 0.29, "mid": 0.48, "hilum": 0.48, "lower": 0.66}
 
 
@@ -97,7 +98,7 @@ def draw_film(findings: Iterable[Finding], seed: int, size: int = 96) -> np.ndar
 def _anatomy(size: int, rng: np.random.Generator, named: dict[str, tuple]) -> _Film:
     """The chest without its focal findings; those that change an organ's shape are drawn here, with the organ."""
     x, y = _grid(size)
-    overinflated = "hyperinflation" in named or "emphysema" in named
+    overinflated = not named.keys().isdisjoint(_OVERINFLATED)
     half_width = rng.uniform(0.36, 0.40) + (0.02 if overinflated else 0.0)
     top = rng.uniform(0.09, 0.13)
     base = rng.uniform(0.76, 0.81) + (0.08 if overinflated else 0.0)
@@ -162,7 +163,7 @@ def _mediastinum(film: _Film, named: dict[str, tuple], heart_base: float) -> Non
     ratio = rng.uniform(0.40, 0.45)
     if "cardiomegaly" in named:
         ratio = 0.39 + 0.4 * ratio + 0.13 * _severity(named["cardiomegaly"][2])
-    elif "hyperinflation" in named or "emphysema" in named:
+    elif not named.keys().isdisjoint(_OVERINFLATED):
         ratio -= 0.06
     rx = ratio * film.half_width
     soft = np.maximum(soft, 0.95 * _blob(film, 0.5 + 0.33 * rx, heart_base - 0.125, rx * 0.98, 0.185, 2.6))
@@ -327,7 +328,9 @@ _STROKES: dict[str, Callable[[_Film, str | None, str | None, str | None], None]]
     "edema": _edema,
     "congestion": _edema,
     "heart_failure": _edema,
+    "interstitial_disease": _edema,
     "nodule": _nodule,
+    "nodular_opacity": _nodule,
     "mass": _mass,
     "lymphadenopathy": _lymphadenopathy,
     "granuloma": _granuloma,
@@ -341,7 +344,8 @@ _STROKES: dict[str, Callable[[_Film, str | None, str | None, str | None], None]]
 }
 _SHAPES = (
     *("cardiomegaly", "enlarged_mediastinum", "aortic_tortuosity", "aortic_calcification", "scoliosis"),
-    *("hyperinflation", "emphysema", "low_lung_volumes", "elevated_diaphragm"),
+    *_OVERINFLATED,
+    *("low_lung_volumes", "elevated_diaphragm"),
 )
 DRAWABLE: tuple[str, ...] = (*_STROKES, *_SHAPES)
 """The findings that leave a trace on a drawn film."""
