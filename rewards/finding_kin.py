@@ -1,16 +1,18 @@
 """Findings that a reader may call by each other's name: a near miss, where any other pair is simply wrong."""
 
 KIN = (
-    {"opacity", "infiltrate", "consolidation", "pneumonia", "atelectasis", "aspiration"},
-    {"nodule", "mass", "granuloma", "cavity"},
+    {"opacity", "infiltrate", "consolidation", "pneumonia", "infection", "atelectasis", "aspiration"},
+    {"atelectasis", "volume_loss", "low_lung_volumes"},
+    {"nodule", "mass", "lesion", "malignancy", "nodular_opacity", "granuloma", "cavity"},
     {"edema", "congestion", "heart_failure"},
-    {"effusion", "pleural_thickening"},
-    {"fibrosis", "scarring", "bronchiectasis"},
-    {"emphysema", "hyperinflation"},
-    {"cardiomegaly", "heart_failure"},
+    {"effusion", "blunted_angle", "pleural_thickening"},
+    {"fibrosis", "interstitial_disease", "scarring", "bronchiectasis"},
+    {"emphysema", "copd", "bulla", "hyperinflation"},
+    {"cardiomegaly", "heart_failure", "pericardial_effusion"},
     {"enlarged_mediastinum", "lymphadenopathy"},
     {"aortic_calcification", "aortic_tortuosity"},
     {"scoliosis", "kyphosis", "degenerative_change"},
+    {"device", "device_malposition"},
 )
 
 SEVERITY = {"trace": 0, "minimal": 0, "small": 1, "mild": 1, "moderate": 2, "large": 3, "severe": 3}

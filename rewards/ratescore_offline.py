@@ -36,6 +36,11 @@ DISEASES = frozenset(
         "bronchiectasis",
         "lymphadenopathy",
         "granuloma",
+        "copd",
+        "cystic_fibrosis",
+        "infection",
+        "interstitial_disease",
+        "malignancy",
     )
 )
 

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from unirg.extraction import FINDINGS, extract
 from unirg.scoring.registry import load_reward
+from unirg_rewards.finding_kin import KIN, SEVERITY
 from unirg_rewards.radgraph_f1 import RadGraphF1, annotation_f1
+from unirg_rewards.ratescore_offline import DISEASES
 
 LABELS = {"effusion": 1, "effusion/left": 1, "effusion/right": 0, "cardiomegaly": 1, "pneumothorax": 0, "nodule": -1}
 
@@ -122,6 +125,12 @@ def test_levels_bound_what_counts():
     assert entity_f1(candidate, REFERENCE, level="side") == pytest.approx((1 + 4 / 7) * 2 / 4)
     assert entity_f1("Lung mass.", "Lung nodule.", level="side") == 0
     assert entity_f1("Lung mass.", "Lung nodule.") == pytest.approx(0.5)
+
+
+def test_every_name_that_rewards_treat_apart_is_one_that_the_extractor_finds():
+    assert {name for family in KIN for name in family} | DISEASES <= set(FINDINGS)
+    severities = {extract(f"{word} effusion")[0].severity for word in ("trace", "small", "moderate", "large", "severe")}
+    assert severities <= set(SEVERITY) and len(severities) == 5
 
 
 def test_polarities_apart():
