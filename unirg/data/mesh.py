@@ -24,7 +24,7 @@ _HEADS = {
     "Consolidation": "consolidation",
     "Cystic Fibrosis": "cystic_fibrosis",
     "Density": "opacity",
-    "Diaphragmatic Eventration": "elevated_diaphragm",
+    "Diaphragmatic Eventration": "hernia",  # as ChestX-ray14's labels and the extractor count it
     "Emphysema": "emphysema",
     "Fractures, Bone": "fracture",
     "Granuloma": "granuloma",

@@ -8,7 +8,7 @@ nothing. Institution D writes only the split "unseen".
 import random
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -54,7 +54,9 @@ class PhantomData(Section):
     """Another seed is another corpus: other patients, films and words."""
     reports: Literal["omitting", "complete"] = "omitting"
     """"omitting": findings are left out as `omit` says; "complete": nothing is. Films and labels are the same."""
-    omit: dict[str, float] = {"atelectasis": 0.5, "cardiomegaly": 0.5, "edema": 0.5, "nodule": 0.5, "opacity": 0.5}
+    omit: dict[str, Annotated[float, Field(ge=0, le=1)]] = dict.fromkeys(
+        ("atelectasis", "cardiomegaly", "edema", "nodule", "opacity"), 0.5
+    )
     """With what probability a report says nothing of a finding that is there, by kind; others are always reported."""
     institution_dropout: float = Field(0.1, ge=0, le=1)
     """Share of the training studies whose institution is not told, so that a prompt that names the institution can also
