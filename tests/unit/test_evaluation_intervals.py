@@ -13,7 +13,7 @@ from unirg.evaluation.intervals import (
     bootstrap_ratio,
     mean_statistic,
     paired_difference,
-    paired_ratio,
+    paired_ratios,
 )
 
 
@@ -87,7 +87,7 @@ def test_bounds_hold_order_and_stay_inside_the_data(values: list[float], seed: i
 
 def test_a_run_against_itself_differs_by_exactly_nothing() -> None:
     run = mean_statistic(np.random.default_rng(0).random(50))
-    assert paired_ratio(run, run)[:3] == (0.0, 0.0, 0.0)
+    assert paired_ratios([run], [run])[0][:3] == (0.0, 0.0, 0.0)
 
 
 def test_statistic_without_any_denominator_is_nan() -> None:

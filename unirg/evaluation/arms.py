@@ -29,10 +29,12 @@ def evaluate_arms(
 ) -> dict[str, Any]:
     """Every arm on `studies`, with controls and, where `config.baseline` is among the arms, paired comparisons.
 
-    `constant` is the best constant report (see `best_constant`). Returns what RUN/evaluation/<split>.json holds. Raises
+    `constant` is the best constant report (see `best_constant`). Of the configured metrics only the headline is taken on
+    shuffled films. Returns what RUN/evaluation/<split>.json holds. Raises
     UserError where an arm's ids are not the studies', RewardError where a metric fails.
     """
     engine = ScoringEngine(config.metrics) if config.metrics else None
+    headline_engine = _engine_for(config.headline, config.metrics)
     drawn: dict[str, Any] = {"draws": config.draws, "seed": seed}
     measured = {name: measure(studies, arm.reports, engine, truncated=arm.truncated) for name, arm in arms.items()}
     results = {}
@@ -41,7 +43,7 @@ def evaluate_arms(
         result |= summarise(measured[name], **drawn)
         if arm.sampled is not None:
             result["sampled"] = summarise(measure(studies, arm.sampled, engine), **drawn)["metrics"]
-        shuffled = measure(studies, shuffle(studies, arm.reports, seed=seed), engine)
+        shuffled = measure(studies, shuffle(studies, arm.reports, seed=seed), headline_engine)
         result["shuffled"] = _reference_figures(summarise(shuffled, **drawn)["metrics"])
         results[name] = result
     return {
@@ -68,8 +70,7 @@ def best_constant(
     """
     if not candidates:
         raise ValueError("the best constant report needs candidates: give the most frequent training reports")
-    needed = [metric for metric in metrics if metric.log_label == headline.removesuffix(f"/{COMPLETE}")]
-    engine = ScoringEngine(needed) if needed else None
+    engine = _engine_for(headline, metrics)
     best, best_value = candidates[0], float("-inf")
     for candidate in candidates:
         statistics = measure(studies, {study.id: candidate for study in studies}, engine).statistics
@@ -84,6 +85,12 @@ def shuffle(studies: Sequence[Study], reports: Mapping[str, str], *, seed: int =
     """Each study given the report of another: a random cycle through all studies, so that none keeps its own."""
     order = np.random.default_rng(seed).permutation(len(studies))
     return {studies[i].id: reports[studies[j].id] for i, j in zip(order, np.roll(order, 1), strict=True)}
+
+
+def _engine_for(headline: str, metrics: Sequence[RewardConfig]) -> ScoringEngine | None:
+    """The metric that the headline is, alone; None where the headline is a counted figure."""
+    needed = [metric for metric in metrics if metric.log_label == headline.removesuffix(f"/{COMPLETE}")]
+    return ScoringEngine(needed) if needed else None
 
 
 def _controls(

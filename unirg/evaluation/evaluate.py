@@ -23,7 +23,7 @@ from unirg.evaluation.findings import (
     count_by_finding,
     output_statistics,
 )
-from unirg.evaluation.intervals import Statistic, bootstrap_ratio, mean_statistic, paired_ratio
+from unirg.evaluation.intervals import Statistic, intervals, mean_statistic, paired_ratios
 from unirg.prompt import report_text
 from unirg.scoring.contract import RewardConfig, ScoreBatch, study_columns
 from unirg.scoring.engine import ScoringEngine
@@ -133,9 +133,11 @@ def evaluate_predictions(
 
 def summarise(measurement: Measurement, *, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
     """Intervals of a measurement, ready for JSON: `metrics` (key -> mean, low, high, studies judged), `per_finding`."""
+    f1s = {finding: counts.f1 for finding, counts in measurement.by_finding.items()}
+    f1 = _intervals(f1s, draws, seed)
     per_finding = {
         finding: {
-            "f1": _interval(counts.f1, draws, seed),
+            "f1": f1[finding],
             "precision": number(counts.precision.value),
             "recall": number(counts.recall.value),
             "present": int((counts.tp_N + counts.fn_N).sum()),
@@ -143,24 +145,24 @@ def summarise(measurement: Measurement, *, draws: int = 1000, seed: int = 0) -> 
         }
         for finding, counts in measurement.by_finding.items()
     }
-    metrics = {key: _interval(statistic, draws, seed) for key, statistic in measurement.statistics.items()}
+    metrics = _intervals(measurement.statistics, draws, seed)
     return {"metrics": metrics, "per_finding": per_finding, "distinct": measurement.distinct}
 
 
 def compare(baseline: Measurement, other: Measurement, *, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
     """`other` less `baseline` on the same studies, for every figure that both have: key -> difference, low, high,
     relative (to the baseline's figure)."""
-    differences = {}
-    for key, statistic in baseline.statistics.items():
-        if key in other.statistics:
-            found = paired_ratio(statistic, other.statistics[key], draws=draws, seed=seed)
-            differences[key] = {
-                "difference": number(found.mean),
-                "low": number(found.low),
-                "high": number(found.high),
-                "relative": number(found.relative),
-            }
-    return differences
+    keys = [key for key in baseline.statistics if key in other.statistics]
+    pairs = [[run.statistics[key] for key in keys] for run in (baseline, other)]
+    return {
+        key: {
+            "difference": number(found.mean),
+            "low": number(found.low),
+            "high": number(found.high),
+            "relative": number(found.relative),
+        }
+        for key, found in zip(keys, paired_ratios(*pairs, draws=draws, seed=seed), strict=True)
+    }
 
 
 def number(value: float) -> float | None:
@@ -168,10 +170,17 @@ def number(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 6)
 
 
-def _interval(statistic: Statistic, draws: int, seed: int) -> dict[str, float | int | None]:
-    found = bootstrap_ratio(*statistic, draws=draws, seed=seed)
-    judged = int((statistic.denominator_N != 0).sum())
-    return {"mean": number(found.mean), "low": number(found.low), "high": number(found.high), "judged": judged}
+def _intervals(statistics: Mapping[str, Statistic], draws: int, seed: int) -> dict[str, dict[str, float | int | None]]:
+    found = intervals(list(statistics.values()), draws=draws, seed=seed)
+    return {
+        key: {
+            "mean": number(interval.mean),
+            "low": number(interval.low),
+            "high": number(interval.high),
+            "judged": int((statistic.denominator_N != 0).sum()),
+        }
+        for (key, statistic), interval in zip(statistics.items(), found, strict=True)
+    }
 
 
 def _named(name: str, ending: str, counts: Counts) -> dict[str, Statistic]:

@@ -4,7 +4,7 @@ Every figure of an evaluation is a ratio of two sums over studies: a mean is sum
 sum(2 TP) / sum(2 TP + FP + FN), a share is sum(indicator) / count. One bootstrap therefore serves them all: draw
 studies with replacement, take both sums, divide. Two runs on the same studies are compared on the same draws.
 
-Shapes: N studies, D bootstrap draws.
+Shapes: N studies, D bootstrap draws, K statistics of the same studies (resampled together: one matrix product).
 """
 
 from collections.abc import Sequence
@@ -65,7 +65,13 @@ def bootstrap_ratio(
     """
     statistic = Statistic(np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64))
     _require_same_studies(len(statistic.numerator_N), len(statistic.denominator_N))
-    return Interval(statistic.value, *_percentiles(_drawn(statistic, seed, draws)))
+    return intervals([statistic], seed=seed, draws=draws)[0]
+
+
+def intervals(statistics: Sequence[Statistic], *, seed: int = 0, draws: int = 1000) -> list[Interval]:
+    """The interval of each of several statistics of the same studies."""
+    values_DK = _drawn(statistics, seed, draws)
+    return [Interval(s.value, *_percentiles(values_D)) for s, values_D in zip(statistics, values_DK.T, strict=True)]
 
 
 def bootstrap_mean(values: Sequence[float | None] | np.ndarray, *, seed: int = 0, draws: int = 1000) -> Interval:
@@ -73,15 +79,22 @@ def bootstrap_mean(values: Sequence[float | None] | np.ndarray, *, seed: int = 0
     return bootstrap_ratio(*mean_statistic(values), seed=seed, draws=draws)
 
 
-def paired_ratio(a: Statistic, b: Statistic, *, seed: int = 0, draws: int = 1000) -> Difference:
-    """b - a, two statistics of the same studies in the same order, both taken on the same bootstrap draws.
+def paired_ratios(
+    a: Sequence[Statistic], b: Sequence[Statistic], *, seed: int = 0, draws: int = 1000
+) -> list[Difference]:
+    """b - a for each pair of statistics, all of the same studies in the same order and on the same bootstrap draws.
 
     `relative` is (b - a) / |a|, NaN where a is 0. Raises ValueError where the numbers of studies differ.
     """
-    _require_same_studies(len(a.numerator_N), len(b.numerator_N))
-    low, high = _percentiles(_drawn(b, seed, draws) - _drawn(a, seed, draws))
-    difference = b.value - a.value
-    return Difference(difference, low, high, float(_ratio(difference, abs(a.value))))
+    for first, second in zip(a, b, strict=True):
+        _require_same_studies(len(first.numerator_N), len(second.numerator_N))
+    values_DK = _drawn(b, seed, draws) - _drawn(a, seed, draws)
+    differences = []
+    for first, second, values_D in zip(a, b, values_DK.T, strict=True):
+        difference = second.value - first.value
+        relative = float(_ratio(difference, abs(first.value)))
+        differences.append(Difference(difference, *_percentiles(values_D), relative))
+    return differences
 
 
 def paired_difference(
@@ -98,7 +111,7 @@ def paired_difference(
     _require_same_studies(len(a), len(b))
     judged = [x is not None and y is not None and not np.isnan(x) and not np.isnan(y) for x, y in zip(a, b)]
     both = [mean_statistic([x if keep else None for x, keep in zip(run, judged)]) for run in (a, b)]
-    return paired_ratio(*both, seed=seed, draws=draws)
+    return paired_ratios(both[:1], both[1:], seed=seed, draws=draws)[0]
 
 
 @lru_cache(maxsize=2)
@@ -111,13 +124,14 @@ def _draws(studies: int, seed: int, draws: int) -> np.ndarray:
     return counts_DN
 
 
-def _drawn(statistic: Statistic, seed: int, draws: int) -> np.ndarray:
-    """The statistic of each bootstrap draw, values_D; NaN where a draw has no judged study."""
-    studies = len(statistic.numerator_N)
-    if studies == 0:
-        return np.full(draws, np.nan)
-    counts_DN = _draws(studies, seed, draws)
-    return _ratio(counts_DN @ statistic.numerator_N, counts_DN @ statistic.denominator_N)
+def _drawn(statistics: Sequence[Statistic], seed: int, draws: int) -> np.ndarray:
+    """The statistics of each bootstrap draw, values_DK; NaN where a draw has no judged study."""
+    if not statistics or not len(statistics[0].numerator_N):
+        return np.full((draws, len(statistics)), np.nan)
+    counts_DN = _draws(len(statistics[0].numerator_N), seed, draws)
+    numerators_NK = np.stack([statistic.numerator_N for statistic in statistics], axis=1)
+    denominators_NK = np.stack([statistic.denominator_N for statistic in statistics], axis=1)
+    return _ratio(counts_DN @ numerators_NK, counts_DN @ denominators_NK)
 
 
 def _ratio(numerator: np.ndarray | float, denominator: np.ndarray | float) -> np.ndarray:
