@@ -85,6 +85,8 @@ def test_what_looks_like_denial(report, polarities):
         ("Small effusion suspected.", {"effusion": "u"}),
         ("Consistent with pneumonia.", {"pneumonia": "p"}),
         ("No suspicious nodule.", {"nodule": "n"}),
+        ("Possible pneumonia with effusion.", {"pneumonia": "u", "effusion": "p"}),
+        ("Atelectasis or infiltrate.", {"atelectasis": "p", "infiltrate": "p"}),
         ("Possible pneumonia and cardiomegaly.", {"pneumonia": "u", "cardiomegaly": "p"}),
     ],
 )  # fmt: skip
@@ -114,6 +116,8 @@ def test_doubt(report, polarities):
         ("Normal chest.", {"abnormality": "n"}),
         ("No effusion, heart size normal, mild edema.", {"effusion": "n", "cardiomegaly": "n", "edema": "p"}),
         ("The aorta is tortuous and calcified.", {"aortic_tortuosity": "p", "aortic_calcification": "p"}),
+        ("Tortuous, calcified aorta.", {"aortic_tortuosity": "p", "aortic_calcification": "p"}),
+        ("Normal heart size and clear lungs.", {"cardiomegaly": "n", "opacity": "n"}),
         ("The right hemidiaphragm is elevated.", {"elevated_diaphragm": "p"}),
         ("Lung volumes are low.", {"low_lung_volumes": "p"}),
         ("Hyperexpanded but clear lungs.", {"hyperinflation": "p", "opacity": "n"}),
@@ -168,6 +172,8 @@ def test_sections_are_told_apart():
         ("Significant pleural effusion.", "effusion", None, None, "large"),
         ("Acute left rib fracture.", "fracture", "left", "rib", None),
         ("Left lower consolidation.", "consolidation", "left", "lower lobe", None),
+        ("The right costophrenic angle is blunted.", "blunted_angle", "right", None, None),
+        ("Lingular opacity.", "opacity", "left", "lingula", None),
         ("Moderate fluid collections in both pleural spaces.", "effusion", "bilateral", None, "moderate"),
         ("No large effusion.", "effusion", None, None, None),
     ],
@@ -184,6 +190,14 @@ def test_attributes_stay_with_their_finding():
         ("effusion", "right", None, "small"),
         ("atelectasis", "bilateral", "base", "mild"),
     ]
+
+
+def test_a_place_after_a_list_belongs_to_all_of_it():
+    for name in ("atelectasis", "effusion"):
+        mention = one("Atelectasis and effusion at the left base.", name)
+        assert (mention.side, mention.place) == ("left", "base")
+    assert one("Left basilar atelectasis or infiltrate.", "infiltrate").side == "left"
+    assert one("Small effusion and bibasilar atelectasis.", "effusion").side is None
 
 
 def test_measurements_in_millimetres():

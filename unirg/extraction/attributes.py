@@ -20,6 +20,7 @@ def windows(items: list[Item]) -> dict[int, Window]:
     found: dict[int, Window] = {}
     gap: list[Item] = []
     previous: int | None = None
+    joined: list[tuple[int, int]] = []  # findings with nothing but "and" or "or" between them
     for n, item in enumerate(items):
         kind = item.kind
         if kind in _FINDINGS:
@@ -28,22 +29,31 @@ def windows(items: list[Item]) -> dict[int, Window]:
             cut = joints[-1] + 1 if joints else len(gap) if previous is not None else 0
             before = gap[cut:][-_MOST:]
             if previous is not None:
-                found[previous][1].extend(gap[:cut])
+                found[previous][1].extend(_modifiers(gap[:cut]))
             if previous is not None and len(gap) == 1 and gap[0].kind in ("or", "doubt"):
                 before = found[previous][0]  # "left basilar atelectasis or infiltrate"
-            found[n] = ([each for each in before if each.kind in MODIFIERS], [])
+            if previous is not None and not before and len(gap) == 1 and gap[0].kind in ("and", "or"):
+                joined.append((previous, n))
+            found[n] = (_modifiers(before), [])
             gap, previous = [], n
         elif kind == "end":
             if previous is not None:
-                found[previous][1].extend(gap)
+                found[previous][1].extend(_modifiers(gap))
                 gap, previous = [], None
             elif any(each.kind == "predicate" for each in gap):
                 gap = []
         elif kind in MODIFIERS or kind in _JOINTS or kind == "predicate":
             gap.append(item)
     if previous is not None:
-        found[previous][1].extend(gap)
+        found[previous][1].extend(_modifiers(gap))
+    for one, next_one in reversed(joined):
+        if not any(found[one]):
+            found[one][1].extend(found[next_one][1])  # "atelectasis and effusion at the left base"
     return found
+
+
+def _modifiers(items: list[Item]) -> list[Item]:
+    return [item for item in items if item.kind in MODIFIERS]
 
 
 def side(before: list[Item], after: list[Item]) -> str | None:
@@ -52,7 +62,7 @@ def side(before: list[Item], after: list[Item]) -> str | None:
         named = {"bilateral" if item.kind == "both_sides" else item.value for item in window if item.kind in _SIDES}
         if named:
             return named.pop() if len(named) == 1 else "bilateral"
-    return None
+    return "left" if place(before, after) == "lingula" else None
 
 
 def place(before: list[Item], after: list[Item]) -> str | None:

@@ -44,22 +44,18 @@ def run(path: Path, as_json: bool, labels: str | None = None) -> int:
 
 
 def _table(reports: dict[str, str], labels: str | None) -> Table:
-    columns = ("report", "finding", "polarity", "side", "place", "severity", "span", "text")
-    table = Table(*columns) if labels is None else Table("report", "label", "value")
+    table = Table(*(("finding", "polarity", "said of it", "span", "text") if labels is None else ("label", "value")))
     for name, report in reports.items():
-        shown = Text(name)
-        if labels is not None:
-            rows = [(label, str(value)) for label, value in label_vector(report, labels).items() if value is not None]
-            for row in rows or [("nothing mentioned", "")]:
-                table.add_row(shown, *row)
-                shown = Text("")
-        else:
+        table.add_row(Text(name, style="bold underline"))
+        if labels is None:
             for mention in extract(report):
-                cells = (mention.finding, mention.polarity, mention.side, mention.place, mention.severity)
+                said = (mention.severity, mention.side, mention.place, mention.size_mm and f"{mention.size_mm:g} mm")
+                cells = (mention.finding, mention.polarity, ", ".join(filter(None, said)))
                 span = (f"{mention.start}-{mention.end}", Text(mention.text))
-                table.add_row(shown, *(cell or "" for cell in cells), *span, style=_STYLES[mention.polarity])
-                shown = Text("")
-            if str(shown):
-                table.add_row(shown, "nothing mentioned")
+                table.add_row(*cells, *span, style=_STYLES[mention.polarity])
+        else:
+            for label, value in label_vector(report, labels).items():
+                if value is not None:
+                    table.add_row(label, str(value))
         table.add_section()
     return table

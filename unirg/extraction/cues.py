@@ -217,7 +217,8 @@ ANATOMY: dict[str, str] = {
     """,
     "lungs": """
         lungs|lung
-        lung|pulmonary fields|field|zones|parenchyma|xxxx
+        lung|pulmonary fields|field|zones|parenchyma
+        lung xxxx
         pulmonary? airspaces
     """,
     "pleura": """
@@ -231,6 +232,7 @@ ANATOMY: dict[str, str] = {
         pulmonary|central|lung? pulmonary|vascular? vasculature|vascularity|vessels|vasculatures
         pulmonary vascular markings|pattern
         vasculature|vascularity
+        pulmonary xxxx
     """,
     "aorta": """
         aorta|aortic
@@ -321,8 +323,8 @@ SAID: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
         "calcified": (("aortic_calcification", _POS),),
     },
     "hila": {
-        **dict.fromkeys(("enlarged", "prominent"), (("lymphadenopathy", _POS),)),
-        "normal": (("lymphadenopathy", _NEG),),
+        **dict.fromkeys(("enlarged", "prominent"), (("hilar_enlargement", _POS),)),
+        "normal": (("hilar_enlargement", _NEG),),
     },
     "diaphragm": {"elevated": (("elevated_diaphragm", _POS),), "flat": (("hyperinflation", _POS),)},
     "volumes": {"low": (("low_lung_volumes", _POS),), "normal": (("low_lung_volumes", _NEG),)},

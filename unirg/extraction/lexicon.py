@@ -54,6 +54,7 @@ PHRASES: dict[str, str] = {
         pulmonary congestion|engorgement
         fluid|volume overload
         septal lines
+        indistinct vascular margins|margination
         cephalization
         cephalisation
         prominence of the? central? pulmonary? vasculature|vascularity|vessels
@@ -98,6 +99,8 @@ PHRASES: dict[str, str] = {
     "lymphadenopathy": """
         adenopathy|lymphadenopathy
         enlarged lymph node|nodes|xxxx
+    """,
+    "hilar_enlargement": """
         hilar prominence|enlargement|fullness
         prominence|enlargement|fullness of the? right|left|bilateral? hilum|hila
     """,
@@ -170,6 +173,9 @@ PHRASES: dict[str, str] = {
     """,
     "nodular_opacity": "nodular density|densities|opacity|opacities|opacification|shadow|shadows",
     "granuloma": """
+        calcified right|left|bilateral? hilar|mediastinal|perihilar? lymph node|nodes|xxxx
+        calcified right|left|bilateral? hilar|mediastinal|perihilar node|nodes|xxxx
+        hilar|mediastinal|nodal calcification|calcifications
         granuloma|granulomas|granulomata|granulomatous
         calcified? granuloma|granulomas|granulomata
         granulomatous disease|process|change|changes|infection|sequela|sequelae
@@ -188,9 +194,10 @@ PHRASES: dict[str, str] = {
     "hernia": """
         hernia|hernias
         hiatal|hiatus|diaphragmatic hernia
-        eventration
     """,
     "elevated_diaphragm": """
+        eventration
+        eventration of the? right|left? hemidiaphragm|diaphragm
         elevation of the? right|left? hemidiaphragm|diaphragm
         diaphragmatic|hemidiaphragm|hemidiaphragmatic elevation
     """,
@@ -226,7 +233,7 @@ PHRASES: dict[str, str] = {
     """,
     "aortic_tortuosity": """
         aortic tortuosity|ectasia|unfolding|aneurysm|dilatation|dilation|enlargement
-        tortuosity|ectasia|unfolding of the? thoracic? aorta
+        tortuosity|ectasia|unfolding
     """,
     "pneumomediastinum": """
         pneumomediastinum
@@ -275,6 +282,8 @@ PHRASES: dict[str, str] = {
         staples|sutures|screws|screw|rods|coil|coils
         monitoring leads|devices
         cardiac device|generator
+        stimulator|stimulators|generator|shunt|anchor|anchors|occluder
+        shunt tubing|catheter
         intra aortic balloon pump
         arthroplasty
     """,

@@ -125,13 +125,19 @@ def _read(sentence: str) -> tuple[Found, ...]:
             names = item.value
         for name in names:
             note(name, state, (window[0] + inside, window[1]), item.first, item.last)
+    modifiers = [item for item in items if item.kind in MODIFIERS]
     for statement in statements(items, states, words):
-        near = [each for each in items[max(0, statement.at - 3) : statement.at + 2] if _stands_with(each, statement)]
-        note(statement.finding, statement.polarity, (near, []), statement.first, statement.last)
+        near = [each for each in modifiers if _stands_with(each, statement)]
+        pair = statement.subject, statement.predicate
+        first, last = min(each.first for each in pair), max(each.last for each in pair)
+        note(statement.finding, statement.polarity, (near, []), first, last)
     return tuple(found)
 
 
 def _stands_with(item: Item, statement: Statement) -> bool:
-    """Whether the item is a modifier right beside the statement's predicate ("mildly enlarged")."""
-    distance = item.first - statement.predicate.first
-    return item.kind in MODIFIERS and item.first != statement.predicate.first and -3 <= distance <= 1
+    """Whether the item is a modifier right beside the pair: "mildly enlarged", "the right costophrenic angle"."""
+    return item.kind in MODIFIERS and (
+        -3 <= item.first - statement.predicate.first < 0
+        or item.first == statement.predicate.last
+        or -2 <= item.first - statement.subject.first < 0
+    )

@@ -69,7 +69,7 @@ def polarities(items: list[Item], words: list[str]) -> list[str | None]:
         elif kind == "end":
             reach, reached, clause, verb = "positive", 0, [], False
         elif kind == "with":
-            if reached and reach == "negative":
+            if reached and reach != ASKED:
                 reach, reached = "positive", 0
         elif kind == "verb":
             verb = reached > 0

@@ -8,18 +8,17 @@ from .cues import SAID
 from .phrases import Item
 from .scope import ASKED
 
+_BEFORE_ANATOMY = MODIFIERS | {"predicate", "and", "comma"}
 _MOST = 8  # anatomy that one predicate can speak of; keeps repeated words linear in time
 
 
 class Statement(NamedTuple):
-    """A finding that a pair of anatomy and predicate states. `at` is the predicate's index among the items."""
+    """A finding that a pair of anatomy and predicate states."""
 
     finding: str
     polarity: str
+    subject: Item
     predicate: Item
-    at: int
-    first: int
-    last: int
 
 
 def statements(items: list[Item], states: list[str | None], words: list[str]) -> Iterator[Statement]:
@@ -36,8 +35,7 @@ def statements(items: list[Item], states: list[str | None], words: list[str]) ->
             if state == ASKED or (state == "negative" == meant):
                 continue  # "not clear" says too little
             polarity = meant if state == "positive" else "negative" if state == "negative" else _doubted(meant)
-            span = min(subject.first, predicate.first), max(subject.last, predicate.last)
-            yield Statement(finding, polarity, predicate, at, *span)
+            yield Statement(finding, polarity, subject, predicate)
 
 
 def _doubted(meant: str) -> str:
@@ -48,25 +46,39 @@ def _pairs(items: list[Item], words: list[str]) -> Iterator[tuple[Item, int, Ite
     """(anatomy, index of the predicate, predicate), within clauses that no finding interrupts."""
     waiting: list[Item] = []  # anatomy with nothing said of it yet
     subjects: list[Item] = []  # what the last predicate spoke of
-    forward: tuple[int, Item] | None = None  # a predicate whose anatomy follows: "normal heart and mediastinum"
+    forward: list[tuple[int, Item]] = []  # predicates whose anatomy follows: "tortuous and calcified aorta"
     for n, item in enumerate(items):
         if item.kind == "anatomy":
-            if forward is None:
-                waiting.append(item)
-            else:
+            if forward:
                 subjects.append(item)
-                yield item, *forward
+            else:
+                waiting.append(item)
+            for at, predicate in forward:
+                yield item, at, predicate
         elif item.kind == "predicate" or (waiting and words[item.first] == "large"):
             predicate = item if item.kind == "predicate" else item._replace(kind="predicate", value="enlarged")
-            following = next((each for each in items[n + 1 : n + 3] if each.kind not in MODIFIERS), None)
-            forward = None
+            forward = forward if not subjects and items[n - 1].kind in _BEFORE_ANATOMY else []
             if waiting:
                 subjects, waiting = waiting[-_MOST:], []
-            elif following is not None and following.kind == "anatomy" and following.first - item.last <= 2:
-                forward, subjects = (n, predicate), []
+            elif _anatomy_follows(items, n):
+                forward, subjects = [*forward[-_MOST:], (n, predicate)], []
             for subject in subjects[-_MOST:]:
                 yield subject, n, predicate
         elif item.kind in ("end", "finding", "with"):
-            waiting, subjects, forward = [], [], None
+            waiting, subjects, forward = [], [], []
         elif item.kind in ("verb", "deny"):
-            forward = None
+            forward = []
+
+
+def _anatomy_follows(items: list[Item], n: int) -> bool:
+    """Whether anatomy stands right after the predicate at `n`, with modifiers and further predicates between."""
+    last = items[n].last
+    for item in items[n + 1 : n + 5]:
+        if item.first - last > 2:
+            return False
+        if item.kind == "anatomy":
+            return True
+        if item.kind not in _BEFORE_ANATOMY:
+            return False
+        last = item.last
+    return False
