@@ -237,6 +237,8 @@ def load_policy(
 
     `texts` trains the tiny policy's tokenizer (prompts and reports). Raises UserError where the model cannot be found.
     """
+    if config.tiny is not None:  # loads in no time
+        transformers.utils.logging.disable_progress_bar()
     source = folder or config.model
     if source is None:
         assert config.tiny is not None
@@ -294,13 +296,12 @@ def _qwen_processor(image_processor: Any, tokenizer: Any, family: str = "qwen3_v
     parent = transformers.Qwen2_5_VLProcessor if family == "qwen2_5_vl" else transformers.Qwen3VLProcessor
 
     class ImageOnlyProcessor(parent):  # type: ignore[misc, valid-type]
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name == "video_processor" and argument is None:
-                return None
-            return super().check_argument_for_proper_class(argument_name, argument)
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return ["image_processor", "tokenizer"]
 
     ImageOnlyProcessor.__name__ = parent.__name__  # the name that save_pretrained writes
-    return ImageOnlyProcessor(image_processor, tokenizer, None, chat_template=tokenizer.chat_template)
+    return ImageOnlyProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
 
 def vision_tower(model: Any) -> Any | None:
