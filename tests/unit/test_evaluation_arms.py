@@ -8,6 +8,7 @@ import pytest
 from unirg.errors import UserError
 from unirg.evaluation.arms import best_constant, evaluate_arms, shuffle
 from unirg.evaluation.evaluate import Arm, EvaluationConfig, compare, evaluate_predictions, measure
+from unirg.evaluation.table import figure_groups
 from unirg.scoring.contract import RewardConfig
 from unirg.study import Study
 
@@ -176,3 +177,14 @@ def test_comparison_takes_only_figures_that_both_have(studies: list[Study]) -> N
     differences = compare(measure(studies, reports), measure(studies, reports, truncated=cut), draws=50)
     assert "truncated" not in differences
     assert differences["positive_f1"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "relative": 0.0}
+
+
+def test_figures_are_grouped_by_what_they_are_taken_against(studies: list[Study], rewards: Path) -> None:
+    metrics = [RewardConfig(name=f"{rewards}:overlap"), RewardConfig(name=f"{rewards}:says_something")]
+    config = EvaluationConfig(metrics=metrics, draws=10)
+    groups = figure_groups(evaluate_arms(studies, {"sft": Arm(own(studies))}, config, split="test"))
+    assert groups["against the studies' labels"] == ["truth_f1", "truth_core_f1"]
+    assert "overlap" in groups["against the studies' own reports"]
+    assert "overlap/complete" in groups["against complete references"]
+    assert groups["metrics with a reference of their own"] == ["says_something"]
+    assert groups["outputs"] == ["length", "duplicates", "normal"]

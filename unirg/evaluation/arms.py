@@ -29,9 +29,9 @@ def evaluate_arms(
 ) -> dict[str, Any]:
     """Every arm on `studies`, with controls and, where `config.baseline` is among the arms, paired comparisons.
 
-    `constant` is the best constant report (see `best_constant`). Of the configured metrics only the headline is taken on
-    shuffled films. Returns what RUN/evaluation/<split>.json holds. Raises
-    UserError where an arm's ids are not the studies', RewardError where a metric fails.
+    `constant` is the best constant report (see `best_constant`). Of the configured metrics only the headline is taken
+    on shuffled films. Returns what RUN/evaluation/<split>.json holds. Raises UserError where an arm's ids are not the
+    studies', RewardError where a metric fails.
     """
     engine = ScoringEngine(config.metrics) if config.metrics else None
     headline_engine = _engine_for(config.headline, config.metrics)

@@ -22,13 +22,18 @@ TITLES = {
     "normal": "all-normal reports",
     "truncated": "cut at the limit",
 }
+WIDTH = 120
 EDGE = 2
 """Columns of indentation under a table's title."""
 
 
-def print_evaluation(evaluation: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what RUN/evaluation/<split>.json holds. Made for 120 columns and up to five arms."""
-    (console or Console()).print(render_evaluation(evaluation))
+def print_evaluation(evaluation: Mapping[str, Any]) -> None:
+    """Print what RUN/evaluation/<split>.json holds. Made for 120 columns and up to five arms; a file or a pipe, which
+    has no width of its own, gets them."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    console.print(render_evaluation(evaluation))
 
 
 def render_evaluation(evaluation: Mapping[str, Any]) -> Group:
@@ -102,18 +107,25 @@ def duration(seconds: float | None) -> str:
 def figure_groups(evaluation: Mapping[str, Any]) -> dict[str, list[str]]:
     """The F1s, metrics and output figures that any arm has, grouped by what they are taken against.
 
-    Precision and recall are not listed: they are shown beside their F1.
+    Precision and recall are not listed: they are shown beside their F1. A metric that is the same against either
+    reference (because it reads the labels, or a column of its own) has its own group.
     """
     keys = dict.fromkeys(key for arm in evaluation["arms"].values() for key in arm["metrics"])
     groups: dict[str, list[str]] = {
         "against the studies' labels": [],
         "against complete references": [],
         "against the studies' own reports": [],
+        "metrics with a reference of their own": [],
         "outputs": [],
     }
+    two_references = any(key.endswith("/complete") for key in keys)
     for key in keys:
-        if not precision_and_recall(key):
-            groups[against(key)].append(key)
+        if precision_and_recall(key):
+            continue
+        group = against(key)
+        if two_references and group == "against the studies' own reports" and f"{key}/complete" not in keys:
+            group = "metrics with a reference of their own"
+        groups[group].append(key)
     return {name: found for name, found in groups.items() if found}
 
 
