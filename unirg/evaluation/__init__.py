@@ -1,0 +1,1 @@
+"""Evaluation: figures with intervals, controls, comparisons, and the commands that make them."""
