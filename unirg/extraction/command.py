@@ -49,8 +49,9 @@ def _table(reports: dict[str, str], labels: str | None) -> Table:
         table.add_row(Text(name, style="bold underline"))
         if labels is None:
             for mention in extract(report):
-                said = (mention.severity, mention.side, mention.place, mention.size_mm and f"{mention.size_mm:g} mm")
-                cells = (mention.finding, mention.polarity, ", ".join(filter(None, said)))
+                size = f"{mention.size_mm:g} mm" if mention.size_mm is not None else None
+                said = [each for each in (size, mention.severity, mention.side, mention.place) if each is not None]
+                cells = (mention.finding, mention.polarity, ", ".join(said))
                 span = (f"{mention.start}-{mention.end}", Text(mention.text))
                 table.add_row(*cells, *span, style=_STYLES[mention.polarity])
         else:

@@ -17,7 +17,7 @@ CHEXPERT14: dict[str, tuple[str, ...]] = {
     "Atelectasis": ("atelectasis",),
     "Pneumothorax": ("pneumothorax",),
     "Pleural Effusion": ("effusion",),
-    "Pleural Other": ("pleural_thickening", "fibrosis"),
+    "Pleural Other": ("pleural_thickening", "pleural_scarring", "fibrosis"),
     "Fracture": ("fracture",),
     "Support Devices": ("device",),
 }

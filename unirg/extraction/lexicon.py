@@ -112,12 +112,15 @@ PHRASES: dict[str, str] = {
     "cystic_fibrosis": "cystic fibrosis",
     "scarring": """
         scar|scars|scarring|scarred
-        pleural|parenchymal scar|scarring
-        pleuroparenchymal scarring|scar|changes
+        parenchymal scar|scarring
         cicatricial
     """,
+    "pleural_scarring": """
+        pleural|pleuroparenchymal|pleuropericardial scar|scarring|changes
+        pleuro|pleural parenchymal|pericardial? scar|scarring
+    """,
     "pleural_thickening": """
-        pleural|pleuro|fissural|apical thickening
+        pleural|pleuro|fissural|apical|biapical thickening
         thickening of the? pleura
         thickened pleura
         fibrothorax
@@ -146,7 +149,8 @@ PHRASES: dict[str, str] = {
         increased|abnormal density|densities
         density|densities
         haze|haziness|hazy
-        reticular|reticulonodular pattern|markings|changes
+        reticular|reticulonodular|interstitial pattern
+        reticular|reticulonodular markings|changes
         reticulation|reticulations
         interstitial|bronchovascular prominence|thickening|abnormality|changes
         prominence of the? interstitium
@@ -188,6 +192,12 @@ PHRASES: dict[str, str] = {
         bronchial wall thickening
         cuffing
     """,
+    "airway_disease": """
+        bronchitis|bronchiolitis|bronchospasm|asthma
+        reactive|small? airway|airways disease
+    """,
+    "contusion": "contusion|contusions|hemorrhage|haemorrhage|hematoma|haematoma",
+    "pulmonary_hypertension": "pulmonary arterial|artery? hypertension",
     "bronchiectasis": """
         bronchiectasis|bronchiectatic
     """,
@@ -207,6 +217,7 @@ PHRASES: dict[str, str] = {
         rib|vertebral deformity|deformities
         dislocation
     """,
+    "deformity": "deformity|deformities",
     "degenerative_change": """
         degenerative|degeneration|spondylosis|osteophyte|osteophytes|osteophytosis|arthritis|arthritic|arthrosis|osteoarthritis
         degenerative change|changes|disease
@@ -279,7 +290,7 @@ PHRASES: dict[str, str] = {
         valve replacement|prosthesis
         prosthetic|artificial valve
         surgical|vascular|mediastinal? clip|clips
-        staples|sutures|screws|screw|rods|coil|coils
+        staples|sutures|screws|screw|rods|coil|coils|valve|valves|plate|plates|cannula|cannulas
         monitoring leads|devices
         cardiac device|generator
         stimulator|stimulators|generator|shunt|anchor|anchors|occluder
