@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from unirg.errors import UserError
 from unirg.evaluation.arms import evaluate_arms
 from unirg.evaluation.evaluate import Arm, EvaluationConfig
 from unirg.evaluation.table import DRAWN_FILMS
@@ -138,7 +139,7 @@ def test_empty_folder_gives_a_page_that_says_what_is_missing(tmp_path: Path) -> 
     for piece in ("recipe.yaml", "manifest.json", "metrics.jsonl", "samples/samples.json"):
         assert f"{piece} is not there" in page.text
     assert "No evaluation" in page.text and "No rollouts" in page.text
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         build(tmp_path / "nowhere")
 
 

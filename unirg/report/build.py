@@ -26,7 +26,7 @@ SHOWN_CANDIDATES = 8
 def build(run: Path) -> Path:
     """Writes RUN/report.html and returns its path. What the folder lacks is named on the page.
 
-    Raises FileNotFoundError where there is no such folder.
+    Raises UserError where there is no such folder.
     """
     contents = read_run(run)
     environment = Environment(

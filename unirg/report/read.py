@@ -11,6 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import yaml
 
+from unirg.errors import UserError
+
 Curves = dict[str, dict[str, list[tuple[float, float]]]]
 """metric -> stage -> (step, value) points."""
 
@@ -31,9 +33,9 @@ class RunContents:
 
 
 def read_run(run: Path) -> RunContents:
-    """Everything the report shows of `run`. Raises FileNotFoundError where there is no such folder."""
+    """Everything the report shows of `run`. Raises UserError where there is no such folder."""
     if not run.is_dir():
-        raise FileNotFoundError(f"{run}: no such run folder")
+        raise UserError(f"{run}: no such run folder; expected the `output` of a recipe")
     contents = RunContents()
     note = contents.notes.append
     contents.recipe_text = _read(run, "recipe.yaml", str, note) or ""
