@@ -34,7 +34,8 @@ class HFSampler:
     ) -> list[list[Sample]]:
         """See `Sampler.sample`. Whole groups are decoded together, at most `rows_per_forward` rows at once."""
         model = self.policy.model
-        training, checkpointing = model.training, getattr(model, "is_gradient_checkpointing", False)
+        training = model.training
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         model.eval()
         if checkpointing:  # it switches the key-value cache off
             model.gradient_checkpointing_disable()

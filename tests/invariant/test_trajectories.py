@@ -1,0 +1,157 @@
+"""One and the same trajectory: micro-batches or one, two ranks or one, straight through or killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unirg import run as run_folder
+from unirg.recipe.load import dump_recipe, load_recipe
+
+RECIPE = """
+name: small
+output: {output}
+threads: 1
+data: {{adapter: phantom, train: 24, dev: 4, test: 4, unseen: 4, size: 64}}
+prompt: {{style: short, institution: true}}
+policy:
+  tiny: {{vocabulary: 400, hidden: 64, heads: 2, layers: 2, mlp: 96, vision_hidden: 32, vision_layers: 2, image_size: 64}}
+stages:
+  - name: sft
+    kind: sft
+    steps: 6
+    studies_per_step: 4
+    checkpoint_every: 2
+    optimiser: {{learning_rate: 3.0e-3}}
+  - name: grpo
+    kind: grpo
+    steps: 4
+    studies_per_step: 4
+    group_size: 4
+    checkpoint_every: 1
+    sampling: {{max_new_tokens: 12}}
+    loss: {{kind: grpo, kl: 0.05}}
+    optimiser: {{learning_rate: 1.0e-3}}
+    rewards:
+      - {{name: "tests_reward.py:closeness"}}
+evaluation: {{splits: []}}
+"""
+
+REWARD = '''
+def closeness(candidates, references, **columns):
+    """Shared characters: varied enough that no group of a random policy is without variance."""
+    return [len(set(c) & set(r)) / len(set(c) | set(r) | {" "}) - 0.01 * len(c) for c, r in zip(candidates, references)]
+'''
+
+
+def start(folder: Path, name: str, *overrides: str) -> Path:
+    """A run folder with a resolved recipe, ready for its stages."""
+    (folder / "tests_reward.py").write_text(REWARD)
+    (folder / f"{name}.yaml").write_text(RECIPE.format(output=folder / name))
+    recipe = load_recipe(folder / f"{name}.yaml", list(overrides))
+    run_folder.open_run(Path(recipe.output), dump_recipe(recipe))
+    return Path(recipe.output)
+
+
+def command(run: Path, stage: str, ranks: int = 1) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *launch, "-m", "unirg.stages", str(run), stage]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def run_stages(run: Path, *, ranks: int = 1) -> None:
+    for stage in ("sft", "grpo"):
+        done = subprocess.run(
+            command(run, stage, ranks), cwd=run.parent, env=environment(), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def trajectory(run: Path) -> list[dict[str, float]]:
+    records = [r for stage in ("sft", "grpo") for r in run_folder.read_metrics(run / "stages" / stage)]
+    return [{k: v for k, v in record.items() if not k.startswith("time")} for record in records]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "stages" / "grpo" / "final" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = start(tmp_path_factory.mktemp("straight"), "run")
+    run_stages(run)
+    return run
+
+
+def assert_same(run: Path, other: Path, tolerance: float) -> None:
+    ours, theirs = trajectory(run), trajectory(other)
+    assert len(ours) == len(theirs) == 10
+    for record, expected in zip(ours, theirs, strict=True):
+        assert record.keys() == expected.keys()
+        for name, value in record.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(expected[name], rel=tolerance, abs=tolerance), (record["step"], name)
+    for name, tensor in weights(run).items():
+        torch.testing.assert_close(tensor, weights(other)[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_the_policy_moves(straight: Path) -> None:
+    losses = [record["loss"] for record in trajectory(straight) if record["stage"] == "sft"]
+    assert losses[-1] < losses[0]
+    grpo = [record for record in trajectory(straight) if record["stage"] == "grpo"]
+    assert all(record["grad_norm"] > 0 for record in grpo)
+    assert grpo[0]["kl"] == pytest.approx(0, abs=1e-7) and grpo[-1]["kl"] > 0
+    assert max(record["sampling/sampling_logp_difference/max"] for record in grpo) < 1e-4
+
+
+def test_micro_batches(straight: Path, tmp_path: Path) -> None:
+    run = start(tmp_path, "run", "stages.sft.studies_per_forward=1", "stages.grpo.studies_per_forward=2")
+    run_stages(run)
+    # Sums in another order: float32 rounding, amplified by six steps of AdamW, whose first steps divide by tiny moments.
+    assert_same(run, straight, 2e-3)
+
+
+def test_two_ranks(straight: Path, tmp_path: Path) -> None:
+    run = start(tmp_path, "run")
+    run_stages(run, ranks=2)
+    assert_same(run, straight, 2e-3)  # the same rounding as of micro-batches
+
+
+@pytest.mark.parametrize(("stage", "after"), [("sft", 3), ("grpo", 2)])
+def test_killed_and_resumed_to_the_last_bit(straight: Path, tmp_path: Path, stage: str, after: int) -> None:
+    run = start(tmp_path, "run")
+    for name in ("sft", "grpo"):
+        if name == stage:
+            process = subprocess.Popen(command(run, name), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
+            deadline = time.monotonic() + 120
+            while len(run_folder.read_metrics(run / "stages" / name)) < after:
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert not run_folder.final_folder(run, name).exists()
+        done = subprocess.run(command(run, name), cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert name != stage or "goes on from step" in done.stdout
+    assert trajectory(run) == trajectory(straight)
+    ours, expected = weights(run), weights(straight)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
+
+
+def test_another_recipe_on_the_same_folder_is_refused(straight: Path) -> None:
+    text = (straight / "recipe.yaml").read_text().replace("learning_rate: 0.003", "learning_rate: 0.03")
+    with pytest.raises(ValueError, match=r"another recipe \(differs in stages\.0\.optimiser\.learning_rate\)"):
+        run_folder.open_run(straight, text)
+    run_folder.open_run(straight, (straight / "recipe.yaml").read_text().replace("threads: 1", "threads: 2"))
+    manifest = json.loads((straight / "manifest.json").read_text())
+    assert manifest["stages"]["grpo"]["step"] == 4

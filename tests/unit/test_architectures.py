@@ -1,0 +1,137 @@
+"""The same code drives other families: plain positions and repeated pixels (LLaVA), windowed vision (Qwen2.5-VL)."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from unirg.grpo.forward import answer_logps
+from unirg.policy import Policy, PolicyConfig, load_policy
+from unirg.prompt import PromptConfig
+from unirg.rollout.hf import HFSampler
+from unirg.study import Study
+from unirg.tiny import IMAGE, TURN_END, VIDEO, VISION_END, VISION_START, build_image_processor, build_tokenizer
+
+TEXTS = ("Small left pleural effusion.", "The lungs are clear.", "indication: cough; write findings")
+
+
+def text_sizes(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def llava(folder: Path) -> None:
+    tokenizer = build_tokenizer(TEXTS, 400)
+    tokenizer.chat_template = tokenizer.chat_template.replace(VISION_START, "").replace(VISION_END, "")
+    tokenizer.image_token = IMAGE
+    config = LlavaConfig(
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=16,
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=56,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(**text_sizes(tokenizer), head_dim=32),
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE,
+        chat_template=tokenizer.chat_template,
+    ).save_pretrained(folder)
+
+
+def qwen2_5_vl(folder: Path) -> None:
+    tokenizer = build_tokenizer(TEXTS, 400)
+    index: Any = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config=text_sizes(tokenizer)
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 64,
+            "fullatt_block_indexes": [1],
+        },
+        tie_word_embeddings=True,
+        image_token_id=index(IMAGE),
+        video_token_id=index(VIDEO),
+        vision_start_token_id=index(VISION_START),
+        vision_end_token_id=index(VISION_END),
+    )
+    assert TURN_END == tokenizer.eos_token
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    build_image_processor(64).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=[llava, qwen2_5_vl], ids=lambda build: build.__name__)
+def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    folder = tmp_path_factory.mktemp(request.param.__name__)
+    torch.manual_seed(0)
+    request.param(folder)
+    return load_policy(PolicyConfig(model=str(folder)), PromptConfig(style="short"))
+
+
+def test_sampled_log_probs_are_those_of_training(policy: Policy, studies: list[Study]) -> None:
+    prompts = [policy.encode(study) for study in studies]
+    seeds = [[10 * i + g for g in range(3)] for i in range(len(studies))]
+    groups = HFSampler(policy).sample(prompts, seeds, temperature=1.0, max_new_tokens=8)
+    scores = answer_logps(policy, prompts, [[s.ids for s in group] for group in groups])
+    for row, s in enumerate(s for group in groups for s in group):
+        torch.testing.assert_close(scores.logps_BT[row, : len(s.ids)], torch.tensor(s.logps), atol=2e-5, rtol=1e-5)
+    scores.logps_BT.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in policy.model.parameters() if p.grad is not None)
+
+
+def test_the_film_matters(policy: Policy, studies: list[Study]) -> None:
+    same_text = [studies[0], Study("other", studies[2].images, findings=studies[0].findings)]
+    answers = [[policy.answer_ids("Small left pleural effusion.")]] * 2
+    scores = answer_logps(policy, [policy.encode(study) for study in same_text], answers)
+    assert not torch.allclose(scores.logps_BT[0], scores.logps_BT[1], atol=1e-6)
+
+
+def test_the_family_keeps_its_processor(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path)
+    again = load_policy(PolicyConfig(model=str(tmp_path)), PromptConfig(style="short"))
+    assert type(again.processor).__name__ == type(policy.processor).__name__
+    assert isinstance(again.model, getattr(transformers, type(policy.model).__name__))
