@@ -55,9 +55,12 @@ def render_evaluation(evaluation: Mapping[str, Any]) -> Group:
 def render_comparison(differences: Mapping[str, Any], a: str, b: str, studies: int) -> Group:
     """The paired comparison of two prediction files: b less a on the same studies."""
     table = _table(f"{b} less {a}, paired over {studies} studies. {INTERVALS}", ["difference", "relative"])
-    for key in differences:
-        found = differences[key]
-        table.add_row(title(key), _difference(found, inline=True), percent(found["relative"]))
+    group = ""
+    for key, found in sorted(differences.items(), key=lambda item: against(item[0])):
+        if against(key) != group:
+            group = against(key)
+            table.add_row(Text(group, style="italic"))
+        table.add_row(f"  {title(key)}", _difference(found, inline=True), percent(found["relative"]))
     return Group(Text(), table)
 
 
