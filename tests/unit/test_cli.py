@@ -165,10 +165,10 @@ def test_python_m_unirg_answers_help_without_torch() -> None:
 
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     """`unirg ... | head`: the pipe is closed before anything is written."""
+    (tmp_path / "r.jsonl").write_text('{"id": "s1", "report": "No effusion."}\n', encoding="utf-8")
     read, write = os.pipe()
     os.close(read)
-    code = "import sys, unirg.cli as c, unirg.recipe.command as m\n"
-    code += "m.show = lambda *a: [print('x' * 100000, flush=True), 0][1]\nsys.exit(c.main(['recipe', 'show', 'r']))"
-    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "unirg", "extract", str(tmp_path / "r.jsonl"), "--json"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
