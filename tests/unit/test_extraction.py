@@ -45,6 +45,7 @@ def says(report: str, **polarities: str) -> None:
         ("No pneumothorax, small left effusion.", {"pneumothorax": "n", "effusion": "p"}),
         ("No pneumothorax but a small effusion remains.", {"pneumothorax": "n", "effusion": "p"}),
         ("No effusion is seen and there is mild edema.", {"effusion": "n", "edema": "p"}),
+        ("Without edema or effusion, cardiomegaly is stable.", {"edema": "n", "effusion": "n", "cardiomegaly": "p"}),
         ("Effusion, no pneumothorax.", {"effusion": "p", "pneumothorax": "n"}),
     ],
 )  # fmt: skip
@@ -198,6 +199,25 @@ def test_a_place_after_a_list_belongs_to_all_of_it():
         assert (mention.side, mention.place) == ("left", "base")
     assert one("Left basilar atelectasis or infiltrate.", "infiltrate").side == "left"
     assert one("Small effusion and bibasilar atelectasis.", "effusion").side is None
+
+
+def test_lines_headings_and_abbreviations():
+    says(
+        "LUNGS: Clear\nHEART: Enlarged\nNo effusion\nThere is edema",
+        opacity="n",
+        cardiomegaly="p",
+        effusion="n",
+        edema="p",
+    )
+    says("There is no large effusion or\nXXXX pneumothorax.", effusion="n", pneumothorax="n")
+    says("Atelectasis vs. pneumonia.", atelectasis="u", pneumonia="u")
+    says(
+        "heart is normal . no effusion , or edema . mild atelectasis .",
+        cardiomegaly="n",
+        effusion="n",
+        edema="n",
+        atelectasis="p",
+    )
 
 
 def test_measurements_in_millimetres():

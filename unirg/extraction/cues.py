@@ -116,7 +116,6 @@ CUES: dict[str, str] = {
         secondary|due to
         there is|are|was|were|has|have
         there's
-        :|;
         as well as evidence of
         suggesting no
     """,
@@ -152,7 +151,7 @@ CUES: dict[str, str] = {
         and|plus|also|as
         as well as
     """,
-    "comma": ",|(|)",
+    "comma": ",|(|)|:|;",
     "verb": f"{_BE}|remains|remain|appears|appear|{_SEEN}",
 }
 
@@ -175,7 +174,7 @@ PLACES: dict[str, str] = {
     "retrocardiac": "retrocardiac",
     "fissure": "fissure|fissures|fissural",
     "hemithorax": "hemithorax",
-    "mediastinum": "paratracheal|paramediastinal|mediastinal",
+    "mediastinum": "paratracheal|paramediastinal",
     "rib": "rib|ribs",
     "clavicle": "clavicle|clavicles|clavicular",
     "spine": "spine|vertebral|vertebra|vertebrae",
@@ -185,7 +184,7 @@ PLACES: dict[str, str] = {
 SEVERITIES: dict[str, str] = {
     "trace": "trace|tiny|minute",
     "minimal": "minimal|minimally|subtle|slight|slightly|faint|trivial",
-    "small": "small|smaller",
+    "small": "small",
     "mild": "mild|mildly",
     "moderate": "moderate|moderately\nmoderate sized",
     "large": "large|massive|huge|significant|sizable|sizeable|significantly|considerable|gross",
@@ -211,7 +210,7 @@ ANATOMY: dict[str, str] = {
         cardiac|heart size and mediastinal silhouette|contour|contours
     """,
     "mediastinum": """
-        mediastinum
+        mediastinum|mediastinal
         mediastinal|mediastinum silhouette|contour|contours|structures|configuration|width|borders
         superior|upper mediastinum
     """,
@@ -252,7 +251,11 @@ ANATOMY: dict[str, str] = {
     "markings": "interstitial|bronchovascular|lung|interstitium? markings\ninterstitium",
     "volumes": "lung? volume|volumes\npulmonary volume|volumes\ninspiration",
     "arteries": "main|central? pulmonary artery|arteries",
-    "chest": "chest|exam|examination|study|radiograph|radiographs|film|x ray? chest?",
+    "chest": """
+        chest|exam|examination|study|radiograph|radiographs|film|films
+        chest? x ray|rays
+        chest exam|examination|study|radiograph|radiographs|film|films
+    """,
 }
 PREDICATES: dict[str, str] = {
     "normal": """
@@ -269,7 +272,7 @@ PREDICATES: dict[str, str] = {
         upper|top normal
         top normal limits|size
     """,
-    "clear": "clear|well aerated|expanded|inflated|ventilated\nclear\nclear bilaterally\nfree of disease",
+    "clear": "clear\nwell aerated\nclear bilaterally\nfree of disease",
     "enlarged": "enlarged|enlargement|big|increased|enlarging",
     "prominent": "prominent|prominence|full|fullness|engorged|congested|distended|indistinct|plethoric",
     "borderline": """

@@ -43,6 +43,7 @@ PHRASES: dict[str, str] = {
     """,
     "heart_failure": """
         heart failure
+        overt? failure
         chf
         cardiac|cardiogenic failure|decompensation
         congestive heart? failure

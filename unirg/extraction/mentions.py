@@ -80,7 +80,7 @@ def extract(report: str) -> tuple[Mention, ...]:
     """
     folded = fold(report)
     mentions = []
-    for begin, end in sentences(folded):
+    for begin, end in sentences(report, folded):
         for finding, polarity, where, spot, degree, extent, first, last in _read(folded[begin:end]):
             first, last = first + begin, last + begin
             mentions.append(Mention(finding, polarity, where, spot, degree, first, last, report[first:last], extent))

@@ -5,6 +5,7 @@ not seen", "cannot be excluded") reach the findings before them. After Chapman e
 with lists read as radiologists write them: a comma or "and" ends a reach only where a new statement begins.
 """
 
+from .attributes import MODIFIERS
 from .cues import FRESH
 from .phrases import Item
 
@@ -82,10 +83,16 @@ def _fresh(items: list[Item], n: int, words: list[str], reach: str, verb: bool, 
     """Whether the comma or "and" at `n` begins a new statement rather than goes on with the list."""
     if reach == "positive" or last_or > n:
         return False
-    if verb or reach == "uncertain":
+    if verb or reach == "uncertain" or _list_closed(items, n):
         return True
     after = items[n].last
     return after < len(words) and words[after] in _FRESH
+
+
+def _list_closed(items: list[Item], n: int) -> bool:
+    """Whether the comma at `n` comes after the last member of an "A or B" list."""
+    before = [item.kind for item in items[max(0, n - 5) : n] if item.kind not in MODIFIERS]
+    return items[n].kind == "comma" and before[-2:] == ["or", "finding"]
 
 
 def _followed(items: list[Item]) -> list[bool]:

@@ -22,20 +22,23 @@ _OTHER = (
     r"techniques?|procedures?|examinations?|exam|study|views?|protocol|recommendations?|dates?|signs? and symptoms?|"
     r"referring physician|accession(?: number)?|prior stud(?:y|ies)"
 )
-_SHOWN = (
-    r"findings?(?: and impression)?|impressions?|conclusions?|interpretation|opinion|report|results?|summary|"
+_SHOWN = r"findings?(?: and impression)?|impressions?|conclusions?|interpretation|opinion|report|results?|summary"
+# Headings that are part of the statement: "Lungs: clear."
+_ORGANS = (
     r"lungs?(?: and pleura| and airways)?|pleura|pleural spaces?|heart(?: and mediastinum)?|mediastinum|cardiac|"
     r"bones?(?: and soft tissues?)?|chest|diaphragm|upper abdomen|abdomen|lines?(?:,? and tubes?)?|"
     r"tubes?(?:,? and lines?)?|support devices|devices|airways?|vessels|cardiovascular|musculoskeletal|"
     r"osseous structures"
 )
 _HEADING = re.compile(
-    rf"(?:(?<=^)|(?<=[.\n;?!*])|(?<=[.\n;?!*]\s))[ \t*#>-]*(?:({_OTHER})|{_SHOWN})\**[ \t]*:", re.MULTILINE
+    rf"(?:(?<=^)|(?<=[.\n;?!*])|(?<=[.\n;?!*]\s))[ \t*#>-]*(?:({_OTHER})|{_SHOWN}|(?P<organ>{_ORGANS}))\**[ \t]*:",
+    re.MULTILINE,
 )
 
-# A full stop ends a sentence unless a digit follows it ("3.2 cm") or a list's number stands before it ("2. Edema").
+# A full stop ends a sentence unless a digit follows it ("3.2 cm"); a line's end does where a sentence or item begins.
 _BREAK = re.compile(
-    r"[.?!;]+(?=[\s\"')\]]|$)|(?<=[a-z])\.(?=\d{1,2}\.\s|[a-z]{3})|\n\s*\n|\n(?=\s*(?:\d{1,2}[.)]|[-*\u2022])\s)"
+    r"(?<!\bvs)[.?!;\u3002\uff0e]+(?=[\s\"')\]]|$)|(?<=[A-Za-z])\.(?=\d{1,2}\.\s|[A-Za-z]{3})|"
+    r"\n\s*\n|\n(?=\s*(?:\d{1,2}[.)]|[-*\u2022])\s)|\n(?=[ \t]*[A-Z][a-z])"
 )
 
 
@@ -47,10 +50,10 @@ def fold(text: str) -> str:
     return folded if folded.isascii() else folded.translate(_ODD)
 
 
-def sentences(folded: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of each sentence of a folded report, without those under a heading such as "Indication:"."""
+def sentences(report: str, folded: str) -> Iterator[tuple[int, int]]:
+    """(start, end) of each sentence of a report, without those under a heading such as "Indication:"."""
     for start, end in _shown(folded):
-        for match in _BREAK.finditer(folded, start, end):
+        for match in _BREAK.finditer(report, start, end):
             if match.start() > start:
                 yield start, match.start()
             start = match.end()
@@ -64,6 +67,7 @@ def _shown(folded: str) -> Iterator[tuple[int, int]]:
         for match in _HEADING.finditer(folded):
             if shown and match.start() > start:
                 yield start, match.start()
-            start, shown = match.end(), match.group(1) is None
+            start = match.end() if match["organ"] is None else match.start("organ")
+            shown = match.group(1) is None
     if shown:
         yield start, len(folded)
