@@ -36,6 +36,7 @@ CUES: dict[str, str] = {
         not|doesn't|don't|didn't|cannot|can't {_SHOW}
         free|clear|cleared|devoid|absence|negative|resolution|clearing|removal of|for
         interval? resolution|clearing|removal of
+        does|do|did not appear to be|represent|have
         fails to {_SHOW}
         rather than
         not suggestive|indicative|consistent|compatible of|with

@@ -64,9 +64,7 @@ def _all() -> Trie:
 
 _TELLING = frozenset(("finding", "only_denied", "stated", "predicate", "severity"))
 _TRIE = _all()
-_MODIFIERS_ALONE = (
-    _modifiers()
-)  # for modifiers inside a finding's own phrase: "blunting of the left costophrenic angle"
+_MODIFIERS_ALONE = _modifiers()  # for those inside a finding's own phrase: "elevation of the left diaphragm"
 
 
 @lru_cache(maxsize=16384)
@@ -125,19 +123,17 @@ def _read(sentence: str) -> tuple[Found, ...]:
             names = item.value
         for name in names:
             note(name, state, (window[0] + inside, window[1]), item.first, item.last)
-    modifiers = [item for item in items if item.kind in MODIFIERS]
+    modifiers = {item.first: item for item in items if item.kind in MODIFIERS}
     for statement in statements(items, states, words):
-        near = [each for each in modifiers if _stands_with(each, statement)]
+        near = [modifiers[at] for at in _beside(statement) if at in modifiers]
         pair = statement.subject, statement.predicate
         first, last = min(each.first for each in pair), max(each.last for each in pair)
         note(statement.finding, statement.polarity, (near, []), first, last)
     return tuple(found)
 
 
-def _stands_with(item: Item, statement: Statement) -> bool:
-    """Whether the item is a modifier right beside the pair: "mildly enlarged", "the right costophrenic angle"."""
-    return item.kind in MODIFIERS and (
-        -3 <= item.first - statement.predicate.first < 0
-        or item.first == statement.predicate.last
-        or -2 <= item.first - statement.subject.first < 0
-    )
+def _beside(statement: Statement) -> list[int]:
+    """The words right beside the pair, where its modifiers stand: "mildly enlarged", "the right hemidiaphragm"."""
+    subject, predicate = statement.subject, statement.predicate
+    places = {*range(predicate.first - 3, predicate.first), predicate.last, *range(subject.first - 2, subject.first)}
+    return sorted(places)
