@@ -42,8 +42,8 @@ def train(recipe: Path, overrides: Sequence[str] = ()) -> int:
     run = Path(resolved.output)
     main = int(os.environ.get("RANK", "0")) == 0
     if main:
+        check(resolved)  # first: a recipe that is put right afterwards must find no folder of its broken self
         run_folder.open_run(run, dump_recipe(resolved))
-        check(resolved)
     waiting = [stage for stage in resolved.stages if not run_folder.final_folder(run, stage.name).exists()]
     if waiting:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 or resolved.jobs == 1:
@@ -228,13 +228,14 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
 def dev_evaluation(work: StageRun) -> Callable[[], dict[str, float]]:
     """A function that writes greedy reports of dev studies with the policy as it stands and returns their figures."""
     from unirg.evaluation.evaluate import measure
+    from unirg.evaluation.run import max_new_tokens
 
     config = work.recipe.evaluation
     studies = load_studies(work.recipe.data, "dev")[: work.stage.evaluate_studies]
     if not studies:
         raise UserError(f"stage {work.stage.name}: evaluate_every is set, and the split 'dev' has no studies")
     engine = ScoringEngine(config.metrics) if config.metrics else None
-    limit = report_limit(work.recipe)
+    limit = max_new_tokens(work.recipe)
 
     def evaluate() -> dict[str, float]:
         reports = generate_reports(work.policy, work.mine(studies), max_new_tokens=limit, batch_size=config.batch_size)
@@ -250,32 +251,23 @@ def dev_evaluation(work: StageRun) -> Callable[[], dict[str, float]]:
     return evaluate
 
 
-def report_limit(recipe: Recipe) -> int:
-    """The longest report in evaluation, in tokens: the recipe's, else the last GRPO stage's limit, else 256."""
-    if recipe.evaluation.max_new_tokens is not None:
-        return recipe.evaluation.max_new_tokens
-    limits = [stage.sampling.max_new_tokens for stage in recipe.stages if isinstance(stage, GrpoStage)]
-    return limits[-1] if limits else 256
-
-
 def finish(recipe: Recipe, run: Path) -> None:
     """Gathers metrics, evaluates the configured splits and writes the report."""
     from unirg.evaluation.command import evaluate
-    from unirg.report import build
 
     run_folder.gather_metrics(run, [stage.name for stage in recipe.stages])
-    for split in recipe.evaluation.splits:
-        evaluate(run, split)
-    console.print(f"report: {build(run)}")
+    evaluate(run)  # every split of the recipe; it writes the report
 
 
-if __name__ == "__main__":
-    _run, _stage = Path(sys.argv[1]), sys.argv[2]
+if __name__ == "__main__":  # python -m unirg.stages RUN STAGE...: what a run side by side starts
+    _run = Path(sys.argv[1])
     _recipe = load_recipe(_run / "recipe.yaml")
     try:
-        run_stage(_recipe, _run, next(stage for stage in _recipe.stages if stage.name == _stage))
+        for _stage in (stage for stage in _recipe.stages if stage.name in sys.argv[2:]):
+            if not run_folder.final_folder(_run, _stage.name).exists():
+                run_stage(_recipe, _run, _stage)
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:
-        print(f"stage {_stage}: {error}", file=sys.stderr)
+        print(f"{', '.join(sys.argv[2:])}: {error}", file=sys.stderr)
         sys.exit(2)

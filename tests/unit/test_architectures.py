@@ -98,7 +98,7 @@ def qwen2_5_vl(folder: Path) -> None:
         vision_start_token_id=index(VISION_START),
         vision_end_token_id=index(VISION_END),
     )
-    assert TURN_END == tokenizer.eos_token
+    assert tokenizer.eos_token == TURN_END
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     build_image_processor(64).save_pretrained(folder)
