@@ -1,10 +1,12 @@
 """What both benchmarks share: a corpus and policy, a stage of our loop, a clock for TRL's trainers, the table."""
 
+import atexit
 import contextlib
 import copy
 import functools
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -68,6 +70,7 @@ def our_stage(stage: Any, studies: int, image_size: int) -> StageRun:
     texts = [text for study in train for text in (prompt_text(study, recipe.prompt), report_text(study))]
     policy = load_policy(recipe.policy, recipe.prompt, texts=texts)
     run = Path(tempfile.mkdtemp(prefix="unirg-benchmark-"))
+    atexit.register(shutil.rmtree, run, ignore_errors=True)
     work = StageRun(recipe, stage, run, Accelerator(cpu=True), policy, train)
     work.model = policy.model
     return work
