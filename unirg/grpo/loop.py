@@ -199,13 +199,10 @@ def rollout_metrics(stage: GrpoStage, everyones: list[Shared], result: Advantage
     """The step's rewards and lengths over all ranks, under TRL's names."""
     labels = [reward.log_label for reward in stage.rewards]
     metrics = score_summary({label: [v for _, own, _ in everyones for v in own[label]] for label in labels})
-    rewards_SG = result.rewards_N.view(-1, stage.group_size)
     judged = result.rewards_N[result.mask_N]
     if len(judged):
         metrics["reward"] = judged.mean().item()
-        means_S1 = rewards_SG.nanmean(1, keepdim=True)
-        spread_S = (rewards_SG - means_S1).square().nanmean(1).sqrt()
-        metrics["reward_std"] = spread_S.nanmean().item()
+        metrics["reward_std"] = judged.std().item() if len(judged) > 1 else 0.0
     lengths = [length for _, _, group in everyones for length, _ in group]
     cut = [truncated for _, _, group in everyones for _, truncated in group]
     return metrics | {
