@@ -5,6 +5,7 @@ RUN/stages/<stage>/metrics.jsonl  step-000050/ ...  latest  final/
 RUN/rollouts/<stage>/step-000050.parquet   RUN/predictions/<split>/<stage>.jsonl   RUN/evaluation/<split>.json
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -99,12 +100,14 @@ def _differences(old: Any, new: Any, at: str = "") -> list[str]:
 def update_manifest(run: Path, **entries: Any) -> None:
     """Adds entries to manifest.json (versions and the time of the first start are always there)."""
     path = run / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"started": _now()}
-    manifest |= {"versions": package_versions(), "platform": platform.platform(), "cpus": os.cpu_count()}
-    for key, value in entries.items():
-        known = manifest.get(key)
-        manifest[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
-    write_atomically(path, json.dumps(manifest, indent=1, default=str) + "\n")
+    with (run / ".manifest.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # stages that run side by side write it too
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"started": _now()}
+        manifest |= {"versions": package_versions(), "platform": platform.platform(), "cpus": os.cpu_count()}
+        for key, value in entries.items():
+            known = manifest.get(key)
+            manifest[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+        write_atomically(path, json.dumps(manifest, indent=1, default=str) + "\n")
 
 
 def _now() -> str:

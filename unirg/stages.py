@@ -103,8 +103,8 @@ def run_side_by_side(recipe: Recipe, run: Path, waiting: Sequence[StageConfig]) 
     """
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed: list[str] = []
-    threads = recipe.threads or max(1, (os.cpu_count() or 1) // recipe.jobs)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    # Threads that spin while they wait take the cores of the stages beside them.
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     queue = list(waiting)
     try:
         while queue or running:
@@ -133,6 +133,14 @@ def run_side_by_side(recipe: Recipe, run: Path, waiting: Sequence[StageConfig]) 
         )
 
 
+def beside(recipe: Recipe, stage: StageConfig) -> int:
+    """How many stages share the cores while this one runs: those that start where it starts, at most `jobs`.
+
+    It follows from the recipe alone: with another number of threads, sums would be taken in another order.
+    """
+    return min(recipe.jobs, sum(recipe.start_of(other) == recipe.start_of(stage) for other in recipe.stages))
+
+
 def needed(recipe: Recipe, stage: StageConfig) -> set[str]:
     """The stages that must be finished before this one can run."""
     needs = {recipe.start_of(stage)}
@@ -159,8 +167,7 @@ def initial_policy(recipe: Recipe, folder: Path | None, studies: Sequence[Study]
 
 def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
     """One stage, from its checkpoint if it has one, to its final model folder."""
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
+    torch.set_num_threads(recipe.threads or max(1, torch.get_num_threads() // beside(recipe, stage)))
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.policy.dtype == "bfloat16" else "no",
         cpu=not torch.cuda.is_available(),
@@ -225,6 +232,18 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
         accelerator.end_training()
 
 
+def write_reports(recipe: Recipe, run: Path, stage: str) -> None:
+    """The finished stage's reports of the studies that the evaluation will read, if it is to be evaluated."""
+    from unirg.evaluation.run import load_stage_policy, stage_predictions
+
+    wanted = recipe.evaluation.stages
+    if not recipe.evaluation.splits or (wanted is not None and stage not in wanted):
+        return
+    policy = load_stage_policy(recipe, run_folder.final_folder(run, stage))
+    for split in recipe.evaluation.splits:
+        stage_predictions(run, recipe, stage, split, load_studies(recipe.data, split), policy=policy)
+
+
 def dev_evaluation(work: StageRun) -> Callable[[], dict[str, float]]:
     """A function that writes greedy reports of dev studies with the policy as it stands and returns their figures."""
     from unirg.evaluation.evaluate import measure
@@ -266,6 +285,8 @@ if __name__ == "__main__":  # python -m unirg.stages RUN STAGE...: what a run si
         for _stage in (stage for stage in _recipe.stages if stage.name in sys.argv[2:]):
             if not run_folder.final_folder(_run, _stage.name).exists():
                 run_stage(_recipe, _run, _stage)
+                if not isinstance(_stage, VisionStage) and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+                    write_reports(_recipe, _run, _stage.name)  # here, where they are written side by side
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:

@@ -67,10 +67,7 @@ def evaluate_run(
     measured = _manifest_stages(run)
     arms: dict[str, Arm] = {}
     for name in names:
-        greedy = stage_predictions(run, recipe, name, split, studies, sampled=False, progress=progress)
-        sampled = None
-        if config.sampled:
-            sampled = stage_predictions(run, recipe, name, split, studies, sampled=True, progress=progress)
+        greedy, sampled = stage_predictions(run, recipe, name, split, studies, progress=progress)
         arms[name] = Arm(
             reports=greedy.reports,
             truncated=greedy.cut(),
@@ -94,35 +91,49 @@ def stage_predictions(
     split: str,
     studies: Sequence[Study],
     *,
-    sampled: bool,
+    policy: "Policy | None" = None,
     progress: Progress | None = None,
-) -> Predictions:
-    """A stage's reports for a split: those on disk where they are newer than its policy, else written now."""
-    path = run / "predictions" / split / f"{stage}{'.sampled' if sampled else ''}.jsonl"
+) -> tuple[Predictions, Predictions | None]:
+    """A stage's greedy reports for a split, and its sampled ones where the recipe wants them: those on disk where they
+    are newer than its policy, else written now, with `policy` or with the stage's own from its folder."""
     folder = final_folder(run, stage)
     weights = sorted(folder.glob("*.safetensors"))
-    if path.exists() and weights and path.stat().st_mtime < max(file.stat().st_mtime for file in weights):
-        path.unlink()  # reports of an earlier policy
     wanted = [study.id for study in studies]
-    if path.exists():
-        drop_cut_line(path)
-        found = _whole(path, set(wanted))
-        if found is not None:
-            return found
-    if not folder.exists():
-        raise UserError(f"{run}: stage '{stage}' has no {folder.relative_to(run)} to write the missing reports with")
-    policy = load_stage_policy(recipe, folder)
-    kind = "sampled" if sampled else "greedy"
-    return write_predictions(
-        path,
-        policy,
-        studies,
-        max_new_tokens=max_new_tokens(recipe),
-        batch_size=recipe.evaluation.batch_size,
-        temperature=1.0 if sampled else 0.0,
-        seed=recipe.seed,
-        progress=(lambda done: progress(f"{kind} reports of {stage}", done, len(wanted))) if progress else None,
-    )
+    predictions: list[Predictions | None] = []
+    for kind in ("greedy", "sampled") if recipe.evaluation.sampled else ("greedy",):
+        path = run / "predictions" / split / f"{stage}{'.sampled' if kind == 'sampled' else ''}.jsonl"
+        if path.exists() and weights and path.stat().st_mtime < max(file.stat().st_mtime for file in weights):
+            path.unlink()  # reports of an earlier policy
+        if path.exists():
+            drop_cut_line(path)
+            found = _whole(path, set(wanted))
+            if found is not None:
+                predictions.append(found)
+                continue
+        if policy is None:
+            if not folder.exists():
+                raise UserError(
+                    f"{run}: stage '{stage}' has no {folder.relative_to(run)} to write the missing reports with"
+                )
+            policy = load_stage_policy(recipe, folder)  # one for both: it keeps the prompts that it has processed
+        report = (
+            (lambda done, kind=kind: progress(f"{kind} reports of {stage}", done, len(wanted))) if progress else None
+        )
+        predictions.append(
+            write_predictions(
+                path,
+                policy,
+                studies,
+                max_new_tokens=max_new_tokens(recipe),
+                batch_size=recipe.evaluation.batch_size,
+                temperature=1.0 if kind == "sampled" else 0.0,
+                seed=recipe.seed,
+                progress=report,
+            )
+        )
+    greedy, *sampled = predictions
+    assert greedy is not None
+    return greedy, sampled[0] if sampled else None
 
 
 def load_stage_policy(recipe: "Recipe", folder: Path) -> "Policy":
