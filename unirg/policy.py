@@ -98,8 +98,9 @@ class EncodedPrompt:
 class Policy:
     """A model with its processor and what sampling and training must know of them.
 
-    `banned_ids` are image and video placeholders: a sampled one makes the next forward look for an image that is not
-    there, so they are removed from the softmax in sampling and in training alike.
+    `eos_id` ends a turn in the model's chat template: reports are taught with it. `stop_ids` are all ids that end a
+    sampled report, `eos_id` among them. `banned_ids` are image and video placeholders: a sampled one makes the next
+    forward look for an image that is not there, so they are removed from the softmax in sampling and in training alike.
     """
 
     model: Any
@@ -107,6 +108,7 @@ class Policy:
     prompt: PromptConfig
     config: PolicyConfig
     eos_id: int
+    stop_ids: tuple[int, ...]
     pad_id: int
     banned_ids: tuple[int, ...]
     _cache: "OrderedDict[int, tuple[Study, EncodedPrompt, int]]" = field(default_factory=OrderedDict)
@@ -150,7 +152,10 @@ class Policy:
         text = self.processor.apply_chat_template(
             build_messages(study, self.prompt), tokenize=False, add_generation_prompt=True
         )
-        encoded = dict(self.processor(text=[text], images=images or None, return_tensors="pt"))
+        try:
+            encoded = dict(self.processor(text=[text], images=images or None, return_tensors="pt"))
+        except ValueError as error:  # such as an image placeholder within the study's text
+            raise UserError(f"study {study.id}: the processor does not take its prompt ({error})") from error
         ids_P = encoded.pop("input_ids")[0]
         encoded.pop("attention_mask", None)
         types = encoded.pop("mm_token_type_ids", encoded.pop("token_type_ids", None))
@@ -174,8 +179,9 @@ class Policy:
         return EncodedPrompt(study.id, ids_P, positions_3P, types_P, encoded)
 
     def answer_ids(self, text: str) -> list[int]:
-        """The tokens of a report and the end-of-turn token after it."""
-        return [*self.processor.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id]
+        """The tokens of a report and the end-of-turn token after it. A special token's name in the text stays text."""
+        tokens = self.processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return [*tokens["input_ids"], self.eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled tokens, without special tokens."""
@@ -250,16 +256,24 @@ def load_policy(
             processor = load_processor(str(source), trust_remote_code=config.trust_remote_code)
             model = AutoModelForImageTextToText.from_pretrained(
                 source,
-                attn_implementation=config.attention,
                 dtype=torch.bfloat16 if config.lora and config.dtype == "bfloat16" else torch.float32,
                 trust_remote_code=config.trust_remote_code,
             )
-        except OSError as error:
+        except (OSError, ValueError, ImportError) as error:
             raise UserError(f"policy.model: '{source}' cannot be loaded: {str(error).splitlines()[0]}") from error
+        if not getattr(processor, "chat_template", None):
+            raise UserError(f"policy.model: '{source}' has no chat template; an instruction-tuned model is needed")
     if config.image_size is not None:
+        if not hasattr(processor.image_processor, "merge_size"):  # the families whose `size` is a number of pixels
+            raise UserError(
+                f"policy.image_size: {type(processor).__name__} has a fixed image size; leave policy.image_size out"
+            )
         pixels = config.image_size**2
         processor.image_processor.size = {"shortest_edge": pixels, "longest_edge": pixels}
-    model.set_attn_implementation(config.attention)
+    try:
+        model.set_attn_implementation(config.attention)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"policy.attention: '{config.attention}' cannot be used: {error}") from error
     tower = vision_tower(model)
     if config.freeze_vision and tower is not None:
         tower.requires_grad_(False)
@@ -271,8 +285,28 @@ def load_policy(
     tokenizer = processor.tokenizer
     names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
     banned = sorted({i for name in names if isinstance(i := getattr(model.config, name, None), int)})
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Policy(model, processor, prompt, config, int(tokenizer.eos_token_id), int(pad), tuple(banned))
+    stops = stop_ids(model, tokenizer)
+    if not stops:
+        raise UserError(f"policy.model: '{source}' names no end-of-sequence token; its reports would never end")
+    end = turn_end(processor, stops)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    return Policy(model, processor, prompt, config, end, stops, int(pad), tuple(banned))
+
+
+def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends generation: the tokenizer's end of sequence first, then those of the generation config
+    (Gemma's end of turn, Qwen's end of text)."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    also = configured if isinstance(configured, list) else [configured]
+    return tuple(dict.fromkeys(int(i) for i in (tokenizer.eos_token_id, *also) if i is not None))
+
+
+def turn_end(processor: Any, stops: Sequence[int]) -> int:
+    """The stop id that the chat template puts after an assistant's turn; the first of `stops` where it puts none."""
+    turns = [{"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant")]
+    text = processor.apply_chat_template(turns, tokenize=False)
+    after = processor.tokenizer(text.rpartition("x")[2], add_special_tokens=False)["input_ids"]
+    return next((i for i in after if i in stops), stops[0])
 
 
 def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:

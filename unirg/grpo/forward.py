@@ -52,11 +52,13 @@ def answer_logps(
     if batch["position_ids"].dim() == 3:
         positions_BT = positions_BT.expand(3, -1, -1)
     keep = length + 1
+    types_BT = torch.zeros_like(ids_BT)
     takes_keep = "logits_to_keep" in policy.forward_takes
     out = model(
         input_ids=torch.cat([batch["input_ids"], ids_BT], dim=1),
         attention_mask=torch.cat([batch["attention_mask"], mask_BT], dim=1),
         position_ids=torch.cat([batch["position_ids"], positions_BT], dim=-1),
+        **({"token_type_ids": torch.cat([t, types_BT], 1)} if (t := batch.get("token_type_ids")) is not None else {}),
         **policy.image_inputs(prompts, rows),
         use_cache=False,
         **({"logits_to_keep": keep} if takes_keep else {}),

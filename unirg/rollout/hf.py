@@ -83,7 +83,7 @@ class HFSampler:
                 if alive_N[n]:
                     ids[request].append(tokens[n])
                     logps[request].append(values[n])
-                    alive_N[n] = tokens[n] != policy.eos_id
+                    alive_N[n] = tokens[n] not in policy.stop_ids
             if not alive_N.any() or step + 1 == max_new_tokens:
                 break
             if (~alive_N).mean() >= DROP_SHARE:
@@ -102,7 +102,7 @@ class HFSampler:
             )
             logits_NV = out.logits[:, -1]
         samples = [
-            Sample(tuple(i), tuple(p), policy.decode(i), i[-1] != policy.eos_id)
+            Sample(tuple(i), tuple(p), policy.decode(i), i[-1] not in policy.stop_ids)
             for i, p in zip(ids, logps, strict=True)
         ]
         groups, first = [], 0
@@ -146,7 +146,7 @@ class HFSampler:
 
 def left_padded(policy: Policy, prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
     """Prompts as one batch, padded on the left: input_ids and attention_mask (B, P), position_ids (3, B, P) or (B,
-    P)."""
+    P), token_type_ids (B, P) where the model takes them."""
     width = max(len(prompt) for prompt in prompts)
     ids_BP = torch.full((len(prompts), width), policy.pad_id)
     mask_BP = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -162,4 +162,9 @@ def left_padded(policy: Policy, prompts: Sequence[EncodedPrompt]) -> dict[str, t
         "attention_mask": mask_BP,
         "position_ids": positions_3BP if mrope else positions_3BP[0],
     }
+    if "token_type_ids" in policy.forward_takes:  # Gemma: image tokens attend to each other in both directions
+        batch["token_type_ids"] = torch.zeros_like(ids_BP)
+        for row, prompt in enumerate(prompts):
+            if prompt.types_P is not None:
+                batch["token_type_ids"][row, width - len(prompt) :] = prompt.types_P
     return {name: tensor.to(policy.device) for name, tensor in batch.items()}
