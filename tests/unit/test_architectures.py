@@ -7,7 +7,11 @@ import pytest
 import torch
 import transformers
 from transformers import (
+    AutoTokenizer,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -16,10 +20,11 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from unirg.grpo.forward import answer_logps
 from unirg.policy import Policy, PolicyConfig, load_policy
-from unirg.prompt import PromptConfig
+from unirg.prompt import PromptConfig, build_messages
 from unirg.rollout.hf import HFSampler
 from unirg.study import Study
 from unirg.tiny import IMAGE, TURN_END, VIDEO, VISION_END, VISION_START, build_image_processor, build_tokenizer
@@ -104,7 +109,44 @@ def qwen2_5_vl(folder: Path) -> None:
     build_image_processor(64).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=[llava, qwen2_5_vl], ids=lambda build: build.__name__)
+def gemma3(folder: Path) -> None:
+    """Sliding window, image tokens that attend both ways, and an end of turn that only the generation config names."""
+    tokenizer = build_tokenizer(TEXTS, 400)
+    tokenizer.chat_template = tokenizer.chat_template.replace(VISION_END, "").replace(IMAGE, "")
+    tokenizer.eos_token = tokenizer.pad_token
+    index: Any = tokenizer.convert_tokens_to_ids
+    tokens = {"boi_token": VISION_START, "eoi_token": VISION_END, "image_token": IMAGE}
+    tokenizer.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=tokens)
+    config = Gemma3Config(
+        text_config=text_sizes(tokenizer)
+        | {"head_dim": 32, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=index(IMAGE),
+        boi_token_index=index(VISION_START),
+        eoi_token_index=index(VISION_END),
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)  # else all zero
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, index(TURN_END)]
+    model.save_pretrained(folder)
+    Gemma3Processor(
+        image_processor=Gemma3ImageProcessorPil(size={"height": 56, "width": 56}),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        image_seq_length=4,
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=[llava, qwen2_5_vl, gemma3], ids=lambda build: build.__name__)
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Policy:
     folder = tmp_path_factory.mktemp(request.param.__name__)
     torch.manual_seed(0)
@@ -123,6 +165,19 @@ def test_sampled_log_probs_are_those_of_training(policy: Policy, studies: list[S
     assert all(torch.isfinite(p.grad).all() for p in policy.model.parameters() if p.grad is not None)
 
 
+def test_the_prompt_is_read_as_the_model_by_hand_reads_it(policy: Policy, studies: list[Study]) -> None:
+    text = policy.processor.apply_chat_template(build_messages(studies[3], policy.prompt), add_generation_prompt=True)
+    films = [image.load() for image in studies[3].images]
+    with torch.no_grad():
+        logits_V = policy.model.eval()(**policy.processor(text=[text], images=films, return_tensors="pt")).logits[0, -1]
+    logits_V[list(policy.banned_ids)] = float("-inf")
+    prompt = policy.encode(studies[3])
+    first = HFSampler(policy).sample([prompt], [[0]], temperature=0.0, max_new_tokens=1)[0][0]
+    assert first.logps[0] == pytest.approx(float(logits_V.log_softmax(-1).max()), abs=1e-5)
+    trained = answer_logps(policy, [prompt], [[first.ids]]).logps_BT
+    assert trained[0, 0].item() == pytest.approx(first.logps[0], abs=1e-5)
+
+
 def test_the_film_matters(policy: Policy, studies: list[Study]) -> None:
     same_text = [studies[0], Study("other", studies[2].images, findings=studies[0].findings)]
     answers = [[policy.answer_ids("Small left pleural effusion.")]] * 2
@@ -135,3 +190,20 @@ def test_the_family_keeps_its_processor(policy: Policy, tmp_path: Path) -> None:
     again = load_policy(PolicyConfig(model=str(tmp_path)), PromptConfig(style="short"))
     assert type(again.processor).__name__ == type(policy.processor).__name__
     assert isinstance(again.model, getattr(transformers, type(policy.model).__name__))
+
+
+def test_every_family_ends_its_turns(policy: Policy) -> None:
+    assert policy.answer_ids("The lungs are clear.")[-1] == policy.processor.tokenizer.convert_tokens_to_ids(TURN_END)
+    assert policy.eos_id in policy.stop_ids
+    assert policy.eos_id not in policy.answer_ids(f"The lungs {TURN_END} are {IMAGE} clear.")[:-1]
+
+
+def test_studies_with_and_without_films_in_one_batch(policy: Policy, studies: list[Study]) -> None:
+    mixed = [studies[0], Study("text", indication="cough", findings="The lungs are clear."), studies[3]]
+    prompts = [policy.encode(study) for study in mixed]
+    groups = HFSampler(policy).sample(prompts, [[1, 2]] * 3, temperature=1.0, max_new_tokens=6)
+    answers = [[s.ids for s in group] for group in groups]
+    together = answer_logps(policy, prompts, answers).logps_BT
+    for i in range(3):
+        alone = answer_logps(policy, prompts[i : i + 1], answers[i : i + 1]).logps_BT
+        torch.testing.assert_close(together[2 * i : 2 * i + 2, : alone.shape[1]], alone, atol=2e-5, rtol=1e-5)
