@@ -150,3 +150,33 @@ def test_the_list_of_rewards(capsys):
     assert rows["ratescore"]["error"] is None
     assert list_rewards() == 0
     assert "entity_f1 (unirg): Findings with polarity" in capsys.readouterr().out
+
+
+def test_rewards_get_the_columns_of_the_references(tmp_path, capsys):
+    references, candidates = tmp_path / "R.jsonl", tmp_path / "C.jsonl"
+    rows = [
+        {"id": "a", "report": "No effusion.", "labels": {"effusion": 1, "edema": None}, "truncated": True, "rank": 3},
+        {"id": "b", "report": "Clear."},
+    ]
+    references.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    candidates.write_text('{"id": "b", "report": "Clear."}\n{"id": "a", "report": "Left effusion."}\n')
+    (tmp_path / "own.py").write_text("def rank(candidates, references, rank):\n    return rank\n")
+    assert score(references, candidates, f"label_f1,{tmp_path}/own.py:rank", as_json=True) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [{"id": "a", "label_f1": 1.0, "rank": 3.0}, {"id": "b", "label_f1": None, "rank": None}]
+
+
+def test_a_reward_that_judges_nothing_says_so(files, capsys):
+    assert score(*files, "label_f1") == 0
+    assert "reward 'label_f1' could judge none of the 3 studies" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [({"effusion": "yes"}, "label 'effusion' of 'a' is 'yes'; expected 1, 0 or -1"), (["effusion"], "expected an obj")],
+)
+def test_labels_that_are_no_labels(tmp_path, capsys, labels, said):
+    path = tmp_path / "R.jsonl"
+    path.write_text(json.dumps({"id": "a", "report": "x", "labels": labels}))
+    assert score(path, path, "bleu") == 2
+    assert said in capsys.readouterr().err

@@ -11,9 +11,8 @@ import yaml
 from unirg.errors import UserError
 from unirg.scoring.contract import RewardConfig, RewardError, ScoreBatch, study_columns
 from unirg.scoring.engine import ScoringEngine
-from unirg.scoring.files import ReportFileError, read_reports
+from unirg.scoring.files import ReportFileError, read_references, read_reports
 from unirg.scoring.registry import installed
-from unirg.study import Study
 
 BATCH = 256  # pairs scored at a time, so that a long file shows its first lines early
 
@@ -24,12 +23,13 @@ def score(
     """Print a score (null where a reward cannot judge) per study and reward, one line per study of the references.
 
     `rewards` is a list as `parse_rewards` reads it. With `as_json` a line is an object, otherwise tab-separated cells.
-    `summary` adds the means with 95% bootstrap intervals over studies (`seed` draws them). Returns the exit status: 0,
-    or 2 after one clear line on stderr where a file or a reward cannot be used.
+    `summary` adds the means with 95% bootstrap intervals over studies (`seed` draws them). Rewards get every column of
+    the references, such as `labels`. Returns the exit status: 0, or 2 after one clear line on stderr where a file or a
+    reward cannot be used.
     """
     try:
         engine = ScoringEngine(parse_rewards(rewards))
-        truths, written = read_reports(references), read_reports(candidates)
+        (truths, studies), written = read_references(references), read_reports(candidates)
         _check_same_ids(references, truths, candidates, written)
         labels = list(engine.identities())
         if not as_json:
@@ -38,7 +38,7 @@ def score(
         ids = list(truths)
         for start in range(0, len(ids), BATCH):
             chunk = ids[start : start + BATCH]
-            columns = study_columns([Study(id=name) for name in chunk])
+            columns = study_columns([studies[name] for name in chunk])
             batch = ScoreBatch([written[name] for name in chunk], [truths[name] for name in chunk], columns)
             scores = engine.collect(engine.submit(batch))
             for row, name in enumerate(chunk):
@@ -47,6 +47,9 @@ def score(
                 collected[label] += scores[label]
         if summary:
             _print_summary(collected, as_json, seed)
+        for label, values in collected.items():
+            if all(value is None for value in values):
+                print(f"unirg score: reward '{label}' could judge none of the {len(values)} studies", file=sys.stderr)
     except UserError as error:
         print(f"unirg score: {error}", file=sys.stderr)
         return 2
