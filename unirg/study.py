@@ -26,11 +26,17 @@ class StudyImage:
         return self.source() if callable(self.source) else np.asarray(self.source)
 
     def load(self) -> Image.Image:
-        """The image as RGB. Raises OSError (file missing, or not an image) with the path in the message."""
+        """The image as RGB; levels of more than 8 bits are spread over 0 to 255, from the image's darkest to its
+        brightest. Raises OSError (file missing, or not an image) with the path in the message."""
         if not isinstance(self.source, Path):
             return Image.fromarray(self._pixels).convert("RGB")
         try:
             with Image.open(self.source) as image:
+                if image.mode.startswith(("I", "F")):  # PIL's own conversion cuts 16 bits off at 255: a white film
+                    levels_HW = np.asarray(image, dtype=np.float64)
+                    spread = np.ptp(levels_HW) or 1.0
+                    levels_HW = (levels_HW - levels_HW.min()) * (255.0 / spread)
+                    return Image.fromarray(levels_HW.round().astype(np.uint8)).convert("RGB")
                 return image.convert("RGB")
         except FileNotFoundError:
             raise
