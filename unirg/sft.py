@@ -32,7 +32,10 @@ def run_sft(work: StageRun, evaluate: Callable[[], dict[str, float]] | None) -> 
         tokens = sum(len(answer(study)) for study in everyones)  # of the whole step: shares of the loss add up
         total = torch.zeros((), device=policy.device)
         policy.model.train()
-        for studies in work.micro_batches(work.mine(everyones)):
+        mine = work.mine(everyones)
+        if work.stage.studies_per_forward:  # by length: a forward of short reports is not padded to the step's longest
+            mine.sort(key=lambda study: len(answer(study)))
+        for studies in work.micro_batches(mine):
             with work.accelerator.autocast():
                 scores = answer_logps(
                     policy,

@@ -172,6 +172,17 @@ def test_sides_that_are_not_stated_are_drawn_by_lot_and_the_same_each_time() -> 
     assert {film(number)[1] for number in range(20)} == {("cardiomegaly", None, None, None)}
 
 
+def test_more_films_of_a_training_study_differ_from_each_other_and_from_nothing_else(folder: Path) -> None:
+    config = OpeniData(reports=folder, films=3)
+    studies = load_studies(config, "train")
+    assert [study.id for study in studies] == ["CXR1", "CXR1-film2", "CXR1-film3"]
+    assert len({study.images[0].load().tobytes() for study in studies}) == 3
+    assert len({(report_text(study), study.patient, tuple(study.labels.items())) for study in studies}) == 1
+    (plain,) = load_studies(OpeniData(reports=folder), "train")
+    assert plain.images[0].load() == studies[0].images[0].load()
+    assert [study.id for study in load_studies(config, "test")] == ["CXR2"]
+
+
 @pytest.fixture(scope="module")
 def collection() -> tuple[OpeniReport, ...]:
     try:

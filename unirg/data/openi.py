@@ -50,6 +50,9 @@ class OpeniData(Section):
     """The de-identification mark XXXX: kept, as leaderboards' references keep it, or dropped from every text."""
     size: int = Field(96, ge=32)
     """Width and height of a drawn film in pixels."""
+    films: int = Field(1, gt=0)
+    """Drawn films of each training study, each a study of its own: other patients, the same findings and report. More
+    than one keeps a small corpus from being learned film by film."""
 
 
 @dataclass(frozen=True)
@@ -167,11 +170,15 @@ def load_openi(config: OpeniData, split: str) -> list[Study]:
         raise UserError(f"data.images: {config.images} is not a folder")
     reports = read_reports(find_reports(config.reports))
     splits = r2gen_split(reports)
-    studies = [_study(report, config) for report in reports if splits.get(report.number) == split]
+    copies = config.films if split == "train" and config.images is None else 1
+    chosen = [report for report in reports if splits.get(report.number) == split]
+    studies = [_study(report, config, copy) for copy in range(copies) for report in chosen]
     return [study for study in studies if study.findings or study.impression]
 
 
-def _study(report: OpeniReport, config: OpeniData) -> Study:
+def _study(report: OpeniReport, config: OpeniData, copy: int = 0) -> Study:
+    """The study of a report; `copy` counts its drawn films."""
+
     def text(section: str) -> str | None:
         if config.placeholders == "drop":
             section = " ".join(word for word in section.split() if "XXXX" not in word)
@@ -179,12 +186,14 @@ def _study(report: OpeniReport, config: OpeniData) -> Study:
 
     if config.images is None:
         images: tuple[StudyImage, ...] = (
-            StudyImage(partial(draw_film, film_findings(report), report.number, config.size), view="frontal"),
+            StudyImage(
+                partial(draw_film, film_findings(report, copy), _seed(report, copy), config.size), view="frontal"
+            ),
         )
     else:
         images = tuple(StudyImage(_image_file(config.images, name)) for name in report.images)
     return Study(
-        id=f"CXR{report.number}",
+        id=f"CXR{report.number}" + (f"-film{copy + 1}" if copy else ""),
         images=images,
         indication=text(report.indication),
         comparison=text(report.comparison),
@@ -198,9 +207,14 @@ def _study(report: OpeniReport, config: OpeniData) -> Study:
     )
 
 
-def film_findings(report: OpeniReport) -> tuple[Finding, ...]:
+def _seed(report: OpeniReport, copy: int) -> int:
+    """A seed of its own for each film of the collection: its reports are numbered up to 3,999."""
+    return report.number + 10_000 * copy
+
+
+def film_findings(report: OpeniReport, copy: int = 0) -> tuple[Finding, ...]:
     """The findings of a report's MeSH headings as they are drawn: a side that is not stated is drawn by lot."""
-    rng = random.Random(report.number)
+    rng = random.Random(_seed(report, copy))
     drawn: list[Finding] = []
     for name, side, place, severity in parse_headings(report.mesh):
         lot = rng.choice(("left", "right"))
