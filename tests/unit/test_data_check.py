@@ -73,6 +73,25 @@ def test_a_file_that_cannot_be_read_is_a_user_error() -> None:
         check(write({"id": "s1"}), ["data.columnz.id=uid"])
 
 
+def test_what_training_would_pass_over_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    labels = {"Pleural Effusion": 1, "edema": 0, "left/x": 1}
+    assert check(write({"id": "s1", "findings": "Clear.", "image": "good.png", "note": "x", "labels": labels})) == 0
+    printed = capsys.readouterr().out
+    assert "all: columns not used: image (did you mean images?), note\n" in printed
+    assert "a reward of your own could use: Pleural Effusion (did you mean effusion?), left\n" in printed
+
+
+def test_a_file_without_the_id_column_is_one_error_however_many_rows() -> None:
+    with pytest.raises(UserError, match=r"^own.jsonl: no row has the column 'id'.*There are: uid, findings$"):
+        check(write({"uid": "s1", "findings": "Clear."}, {"uid": "s2", "findings": "Clear."}))
+
+
+@pytest.mark.parametrize("override", ["columns.id=uid", "data=3", "data.columns.id=5", "data.columns=uid"])
+def test_overrides_that_mean_nothing_are_one_line(override: str) -> None:
+    with pytest.raises(UserError, match=r"^override[^\n]*$"):
+        check(write({"id": "s1"}), [override])
+
+
 def test_overrides_reach_the_adapter() -> None:
     assert check(write({"uid": "s1", "findings": "Clear."}), ["data.columns.id=uid"]) == 0
 

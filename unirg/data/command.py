@@ -1,6 +1,7 @@
 """`unirg data`: read every study once before training time is spent on it."""
 
 import base64
+import difflib
 import html
 import io
 import statistics
@@ -17,9 +18,10 @@ from rich.progress import track
 from rich.table import Table
 
 from unirg.data import JsonlData, OpeniData, PhantomData, drawn_films, load_studies
-from unirg.data.jsonl import read_studies
+from unirg.data.jsonl import FIELDS, read_studies
 from unirg.data.openi import fetch_reports
 from unirg.errors import UserError
+from unirg.extraction import FINDINGS, extract
 from unirg.prompt import PromptConfig, build_messages, report_text
 from unirg.study import Study
 
@@ -72,16 +74,22 @@ def check(source: Path, overrides: Sequence[str] = (), splits: Sequence[str] | N
     there = tuple(config.files) if isinstance(config, JsonlData) else _SPLITS[config.adapter]
     console = Console()
     bad: list[str] = []
+    notes: list[str] = []
     cards: list[str] = []
     for split in splits or there:
         rows: list[str] = []
         if isinstance(config, JsonlData):
-            studies, rows = read_studies(config, split)
+            studies, rows, unused = read_studies(config, split)
+            if unused:
+                notes.append(f"{split}: columns not used: {', '.join(map(_field_like, unused))}")
         else:
             studies = load_studies(config, split)
         watched = track(studies, f"reading {split}", console=console, transient=True)
         rows += [f"study {problem.study}: {problem.what}" for problem in check_studies(watched, drawn=True)]
         _print_summary(console, split, studies)
+        labels = dict.fromkeys(key.partition("/")[0] for study in studies for key in study.labels)
+        if strange := [_finding_like(name) for name in labels if name not in FINDINGS]:
+            notes.append(f"{split}: labels that only a reward of your own could use: {', '.join(strange)}")
         bad += [f"{split}: {row}" for row in rows]
         unreadable = {row.split(": ")[0].removeprefix("study ") for row in rows}
         good = [study for study in studies if study.id not in unreadable]
@@ -94,6 +102,8 @@ def check(source: Path, overrides: Sequence[str] = (), splits: Sequence[str] | N
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(_PAGE.format(title=html.escape(str(source)), cards="\n".join(cards)), encoding="utf-8")
     console.print(f"studies in words and pictures: {page}", soft_wrap=True, highlight=False, markup=False)
+    for note in notes:
+        console.print(note, soft_wrap=True, highlight=False, markup=False, style="yellow")
     for row in bad[:_ROWS]:
         console.print(row, soft_wrap=True, highlight=False, markup=False, style="red")
     if len(bad) > _ROWS:
@@ -119,11 +129,19 @@ def _config(source: Path, overrides: Sequence[str]) -> tuple[PhantomData | Openi
     if source.suffix.lower() not in (".jsonl", ".csv"):
         raise UserError(f"{source}: expected a recipe (.yaml), or studies in .jsonl or .csv")
     given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    settings = given.get("data", {}) if isinstance(given, dict) else {}
+    settings = given.pop("data", {}) if isinstance(given, dict) else {}
+    if given or not isinstance(settings, dict):
+        raise UserError(f"overrides {' '.join(overrides)}: of a file of studies these are data.KEY=VALUE")
     try:
-        return JsonlData(files={"all": source}, **settings), PromptConfig()
-    except (ValidationError, TypeError) as error:
-        raise UserError(f"overrides {' '.join(overrides)}: {error}") from error
+        return JsonlData.model_validate({**settings, "files": {"all": source}}), PromptConfig()
+    except ValidationError as error:
+        lines = []
+        for detail in error.errors():
+            said = detail["msg"]
+            if detail["type"] == "extra_forbidden":
+                said = f"unknown key; expected {', '.join(JsonlData.model_fields)}"
+            lines.append(f"override data.{'.'.join(map(str, detail['loc']))}: {said}")
+        raise UserError("\n".join(lines)) from error
 
 
 def _print_summary(console: Console, split: str, studies: Sequence[Study]) -> None:
@@ -161,6 +179,18 @@ def _print_study(console: Console, study: Study, prompt: PromptConfig) -> None:
     ):
         console.print(f"{name:>7}: {words}", soft_wrap=True, highlight=False, markup=False)
     console.print()
+
+
+def _field_like(column: str) -> str:
+    """The column's name, with the field that it may have been meant for."""
+    near = difflib.get_close_matches(column.lower(), FIELDS, n=1, cutoff=0.7)
+    return f"{column} (did you mean {near[0]}?)" if near else column
+
+
+def _finding_like(label: str) -> str:
+    """The label's name, with the finding that the reader takes it for."""
+    read = [mention.finding for mention in extract(label.replace("_", " ")) if mention.polarity == "positive"]
+    return f"{label} (did you mean {read[0]}?)" if read else label
 
 
 def _found(study: Study) -> str:

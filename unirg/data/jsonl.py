@@ -58,14 +58,15 @@ def load_jsonl(config: JsonlData, split: str) -> list[Study]:
     Raises UserError for a split without a file and for a file that cannot be read or is empty; BadRows (all of them at
     once) for broken lines, wrong types, missing or duplicate ids.
     """
-    studies, problems = read_studies(config, split)
+    studies, problems, _ = read_studies(config, split)
     if problems:
         raise BadRows(problems)
     return studies
 
 
-def read_studies(config: JsonlData, split: str) -> tuple[list[Study], list[str]]:
-    """The studies of a split's file and its bad rows ("file:line: what is wrong"); raises as `load_jsonl` else."""
+def read_studies(config: JsonlData, split: str) -> tuple[list[Study], list[str], list[str]]:
+    """The studies of a split's file, its bad rows ("file:line: what is wrong"), and the columns that the recipe makes
+    no use of; raises as `load_jsonl` else."""
     if split not in config.files:
         there = ", ".join(config.files) or "none"
         raise UserError(f"data.files has no split {split!r}; there are: {there}")
@@ -78,8 +79,11 @@ def read_studies(config: JsonlData, split: str) -> tuple[list[Study], list[str]]
     problems: list[str] = []
     lines: dict[str, int] = {}
     keys: dict[str, None] = {}
+    column_of = {field: config.columns.get(field, field) for field in FIELDS}
+    named = False
     for number, row in _rows(path):
         keys |= dict.fromkeys(row) if isinstance(row, dict) else {}
+        named |= isinstance(row, dict) and column_of["id"] in row
         try:
             study = _study(row if isinstance(row, dict) else _fail(row), config, path)
             if study.id in lines:
@@ -91,12 +95,18 @@ def read_studies(config: JsonlData, split: str) -> tuple[list[Study], list[str]]
             studies.append(study)
     if not studies and not problems:
         raise UserError(f"{path}: holds no study")
+    if len(problems) > 1 and keys and not named:  # every row would say the same
+        raise UserError(
+            f"{path}: no row has the column {column_of['id']!r}; data.columns maps other names, such as "
+            f"{{id: COLUMN}}. There are: {', '.join(keys)}"
+        )
     for name in (*config.columns.values(), *config.labels.values(), *config.extra):
         if name not in keys:
             problems.append(
                 f"{path}: no row has the column {name!r} that the recipe names; there are: {', '.join(keys)}"
             )
-    return studies, problems
+    used = {*column_of.values(), *config.labels.values(), *config.extra}
+    return studies, problems, [key for key in keys if key not in used]
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
