@@ -166,7 +166,9 @@ def save_checkpoint(
     shutil.rmtree(folder / name, ignore_errors=True)
     part.rename(folder / name)
     write_atomically(folder / "latest", name + "\n")
-    for old in sorted(folder.glob("step-*"))[:-KEPT_CHECKPOINTS]:
+    # Later ones are of a run that was killed and now repeats itself: the one just written must outlast them.
+    past = sorted(path for path in folder.glob("step-*") if path.name <= name)
+    for old in past[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old)
 
 
@@ -183,6 +185,6 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
 
 def clear_checkpoints(folder: Path) -> None:
     """Removes the checkpoints of a finished stage: its `final` folder is what is needed from then on."""
-    for old in folder.glob("step-*"):
-        shutil.rmtree(old)
+    for old in (*folder.glob("step-*"), *folder.glob(".*.part"), folder / "best"):
+        shutil.rmtree(old, ignore_errors=True)
     (folder / "latest").unlink(missing_ok=True)

@@ -13,17 +13,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from unirg import run as run_folder
+from unirg.check import check, check_shares
 from unirg.data import fingerprint, load_studies
-from unirg.data.command import check_studies
 from unirg.errors import UserError
-from unirg.policy import Policy, load_policy
+from unirg.policy import Policy, load_policy, vision_tower
 from unirg.prompt import build_messages, report_text
 from unirg.recipe.load import dump_recipe, load_recipe
 from unirg.recipe.schema import GrpoStage, Recipe, SftStage, StageConfig, VisionStage
@@ -41,59 +40,27 @@ def train(recipe: Path, overrides: Sequence[str] = ()) -> int:
     resolved = load_recipe(recipe, overrides)
     run = Path(resolved.output)
     main = int(os.environ.get("RANK", "0")) == 0
-    if main:
-        check(resolved)  # first: a recipe that is put right afterwards must find no folder of its broken self
-        run_folder.open_run(run, dump_recipe(resolved))
     waiting = [stage for stage in resolved.stages if not run_folder.final_folder(run, stage.name).exists()]
+    if main:
+        if waiting:  # first: a recipe that is put right afterwards must find no folder of its broken self
+            check(resolved, lambda studies: initial_policy(resolved, None, studies))
+        run_folder.open_run(run, dump_recipe(resolved))
+        for stage in resolved.stages:
+            if stage not in waiting:  # what a kill between the last step and the end of the stage left
+                run_folder.clear_checkpoints(run_folder.stage_folder(run, stage.name))
+        if not waiting:
+            console.print(f"{run}: nothing to train, every stage is finished", soft_wrap=True, highlight=False)
     if waiting:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 or resolved.jobs == 1:
             for stage in waiting:
                 run_stage(resolved, run, stage)
         else:
             run_side_by_side(resolved, run, waiting)
-    if main:
+    if main and evaluated(resolved, run):
+        console.print(f"report: {run / 'report.html'}", soft_wrap=True, highlight=False)
+    elif main:
         finish(resolved, run)
     return 0
-
-
-def check(recipe: Recipe) -> None:
-    """Reads all training data once: raises UserError with every study that cannot be trained on, and checks that
-    rewards and policy can be loaded and that prompts fit. Nothing has been trained by then."""
-    for stage in recipe.stages:
-        if isinstance(stage, GrpoStage):
-            ScoringEngine(stage.rewards)
-    if recipe.evaluation.metrics:
-        ScoringEngine(recipe.evaluation.metrics)
-    policy = None
-    for config in unique([stage.data or recipe.data for stage in recipe.stages]):
-        studies = load_studies(config, "train")
-        if not studies:
-            raise UserError("the split 'train' has no studies")
-        problems = [f"study {problem.study}: {problem.what}" for problem in check_studies(studies)]
-        if problems:
-            more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
-            raise UserError("\n".join(problems[:20] + more))
-        if policy is None:
-            policy = initial_policy(recipe, None, studies)
-        for study in longest(studies):
-            policy.encode(study)
-
-
-def longest(studies: Sequence[Study], count: int = 50) -> list[Study]:
-    """The studies with the most text in their prompts: if one prompt is too long, one of these is."""
-
-    def size(study: Study) -> int:
-        prior = report_text(study.prior) if study.prior else ""
-        images = len(study.images) + (len(study.prior.images) if study.prior else 0)
-        context = (study.indication, study.comparison, study.technique, prior)
-        return sum(len(text or "") for text in context) + 1000 * images
-
-    return sorted(studies, key=size, reverse=True)[:count]
-
-
-def unique(items: Sequence[Any]) -> list[Any]:
-    """The items without repetition, in order (configs are not all hashable)."""
-    return [item for i, item in enumerate(items) if item not in items[:i]]
 
 
 def run_side_by_side(recipe: Recipe, run: Path, waiting: Sequence[StageConfig]) -> None:
@@ -172,17 +139,12 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
         mixed_precision="bf16" if recipe.policy.dtype == "bfloat16" else "no",
         cpu=not torch.cuda.is_available(),
         log_with=list(recipe.trackers) or None,
-        project_dir=str(run),
+        project_dir=str(run / "trackers" / stage.name),
+        # A batch without films leaves the vision tower out; some towers never use their last layer.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     world = accelerator.num_processes
-    per_rank = stage.studies_per_step // world
-    if stage.studies_per_step % world or (
-        stage.studies_per_forward and per_rank % min(per_rank, stage.studies_per_forward)
-    ):
-        raise UserError(
-            f"stage {stage.name}: studies_per_step {stage.studies_per_step} must divide evenly by {world} ranks"
-            + (f" and studies_per_forward {stage.studies_per_forward}" if stage.studies_per_forward else "")
-        )
+    check_shares(stage, world)
     if recipe.trackers:
         accelerator.init_trackers(recipe.name, init_kwargs={"wandb": {"name": f"{recipe.name}-{stage.name}"}})
     config = stage.data or recipe.data
@@ -198,7 +160,7 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
         what = f"{type(stage).__name__.removesuffix('Stage').lower()}, {stage.steps} steps"
         console.print(f"[bold]{stage.name}[/bold]  {what}, from {recipe.start_of(stage)}", highlight=False)
     if isinstance(stage, VisionStage):
-        if (tower := getattr(policy.base.model, "visual", None)) is not None:
+        if (tower := vision_tower(policy.base)) is not None:
             tower.requires_grad_(True)
         from unirg.vision import run_vision
 
@@ -251,8 +213,6 @@ def dev_evaluation(work: StageRun) -> Callable[[], dict[str, float]]:
 
     config = work.recipe.evaluation
     studies = load_studies(work.recipe.data, "dev")[: work.stage.evaluate_studies]
-    if not studies:
-        raise UserError(f"stage {work.stage.name}: evaluate_every is set, and the split 'dev' has no studies")
     engine = ScoringEngine(config.metrics) if config.metrics else None
     limit = max_new_tokens(work.recipe)
 
@@ -273,9 +233,29 @@ def dev_evaluation(work: StageRun) -> Callable[[], dict[str, float]]:
 def finish(recipe: Recipe, run: Path) -> None:
     """Gathers metrics, evaluates the configured splits and writes the report."""
     from unirg.evaluation.command import evaluate
+    from unirg.report import build as build_report
 
     run_folder.gather_metrics(run, [stage.name for stage in recipe.stages])
-    evaluate(run)  # every split of the recipe; it writes the report
+    if writes_reports(recipe):
+        evaluate(run)  # every split of the recipe; it writes the report
+    else:
+        build_report(run)
+
+
+def writes_reports(recipe: Recipe) -> bool:
+    """Whether any stage of the recipe leaves a policy that writes reports."""
+    return any(not isinstance(stage, VisionStage) for stage in recipe.stages)
+
+
+def evaluated(recipe: Recipe, run: Path) -> bool:
+    """Whether the folder of a finished run has every evaluation and the report, newer than all of its policies."""
+    written = [run / "report.html"]
+    if writes_reports(recipe):
+        written += [run / "evaluation" / f"{split}.json" for split in recipe.evaluation.splits]
+    policies = [run_folder.final_folder(run, stage.name) for stage in recipe.stages]
+    if not all(path.exists() for path in (*written, *policies)):
+        return False
+    return min(path.stat().st_mtime for path in written) > max(path.stat().st_mtime for path in policies)
 
 
 if __name__ == "__main__":  # python -m unirg.stages RUN STAGE...: what a run side by side starts

@@ -20,8 +20,8 @@ class Probe(nn.Module):
     def __init__(self, policy: Policy, labels: list[str]) -> None:
         super().__init__()
         model = policy.base
-        if not hasattr(getattr(model, "model", None), "get_image_features"):
-            raise UserError(f"a vision stage needs a model with get_image_features; {type(model).__name__} has none")
+        if not hasattr(getattr(model, "model", None), "visual"):
+            raise UserError(f"a vision stage needs a tower of the Qwen-VL kind; {type(model).__name__} has none")
         self.labels = labels
         self.tower = model.model.visual
         width = model.config.vision_config.out_hidden_size
@@ -43,14 +43,10 @@ class Probe(nn.Module):
 
 
 def run_vision(work: StageRun) -> None:
-    """Trains the tower on the labels of `work.studies`; a label that a study does not know is left out of the loss.
-
-    Raises UserError where no study has labels or a study of the step has no image.
-    """
+    """Trains the tower on the labels of `work.studies`, which all have an image; a label that a study does not know is
+    left out of the loss."""
     policy = work.policy
     labels = sorted({name for study in work.studies for name in study.labels})
-    if not labels:
-        raise UserError(f"stage {work.stage.name}: a vision stage learns from labels, and no training study has any")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(work.seed("head"))
         probe = Probe(policy, labels).to(policy.device)
@@ -66,12 +62,10 @@ def run_vision(work: StageRun) -> None:
         total = torch.zeros((), device=policy.device)
         for studies in work.micro_batches(work.mine(everyones)):
             prompts = [policy.encode(study) for study in studies]
-            for prompt in prompts:
-                if not prompt.images:
-                    raise UserError(f"study {prompt.study_id}: a vision stage needs an image")
             batch = policy.image_inputs(prompts, range(len(prompts)))
             counts = [len(prompt.images["image_grid_thw"]) for prompt in prompts]
-            logits_BL = trained(batch["pixel_values"], batch["image_grid_thw"], counts)
+            with work.accelerator.autocast():
+                logits_BL = trained(batch["pixel_values"], batch["image_grid_thw"], counts).float()
             target_BL = torch.tensor([targets(study) for study in studies], device=policy.device)
             mask_BL = ~target_BL.isnan()
             loss = binary_cross_entropy_with_logits(logits_BL[mask_BL], target_BL[mask_BL], reduction="sum")

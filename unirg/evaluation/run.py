@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unirg.data import load_studies
+from unirg.data import JsonlData, load_studies
 from unirg.errors import UserError
 from unirg.evaluation.arms import best_constant, evaluate_arms
 from unirg.evaluation.evaluate import Arm, EvaluationConfig
@@ -137,10 +137,18 @@ def stage_predictions(
 
 
 def load_stage_policy(recipe: "Recipe", folder: Path) -> "Policy":
-    """The policy of a Hugging Face model folder, in the recipe's prompt and precision; adapters are merged in it."""
+    """The policy of a Hugging Face model folder, in the recipe's prompt, on the accelerator where there is one; in
+    float32, adapters merged."""
+    import torch
+
     from unirg.policy import load_policy
 
-    return load_policy(recipe.policy.model_copy(update={"lora": None}), recipe.prompt, folder=folder, seed=recipe.seed)
+    policy = load_policy(
+        recipe.policy.model_copy(update={"lora": None}), recipe.prompt, folder=folder, seed=recipe.seed
+    )
+    if torch.cuda.is_available():
+        policy.model.to("cuda")
+    return policy
 
 
 def max_new_tokens(recipe: "Recipe") -> int:
@@ -170,7 +178,10 @@ def _stages(run: Path, recipe: "Recipe", split: str, asked: Sequence[str] | None
 
 
 def _floor(recipe: "Recipe", config: EvaluationConfig) -> str | None:
-    """The best constant report: chosen among the most frequent training reports, by the headline figure on dev."""
+    """The best constant report: chosen among the most frequent training reports, by the headline figure on dev; None
+    where the data have no dev split."""
+    if isinstance(recipe.data, JsonlData) and "dev" not in recipe.data.files:
+        return None
     frequent = Counter(text for study in load_studies(recipe.data, "train") if (text := report_text(study)))
     dev = load_studies(recipe.data, "dev")[:CONSTANT_STUDIES]
     if not frequent or not dev:

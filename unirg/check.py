@@ -1,0 +1,145 @@
+"""What is verified before any training time is spent: every split that the run will read, prompts, rewards, figures.
+
+Each check raises UserError with lines that name the study, key or stage and say what to do.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import get_available_trackers
+from PIL import Image
+
+from unirg.data import load_studies
+from unirg.data.command import check_studies
+from unirg.errors import UserError
+from unirg.evaluation.evaluate import COMPLETE, measure
+from unirg.policy import Policy
+from unirg.prompt import PromptConfig, build_messages, prompt_images, report_text
+from unirg.recipe.schema import GrpoStage, Recipe, StageConfig, VisionStage
+from unirg.scoring.contract import RewardConfig, ScoreBatch, study_columns
+from unirg.scoring.engine import ScoringEngine
+from unirg.study import Study
+
+SHOWN = 20
+PROMPTS = 50
+"""So many of the longest prompts, and of the largest films, are processed as training will process them."""
+
+
+def check(recipe: Recipe, build_policy: Callable[[Sequence[Study]], Policy]) -> None:
+    """Raises UserError for whatever would stop the run later: unreadable or empty studies (all of them, by id), prompts
+    over the limit, rewards and metrics that cannot be loaded or fail on two studies, figures that do not exist, steps
+    that do not divide by the ranks, trackers that are not installed. `build_policy` gives the policy for training
+    studies.
+    """
+    check_trackers(recipe)
+    for stage in recipe.stages:
+        check_shares(stage, int(os.environ.get("WORLD_SIZE", "1")))
+    policy: Policy | None = None
+    for config in unique([stage.data or recipe.data for stage in recipe.stages]):
+        studies = load_studies(config, "train")
+        users = [stage for stage in recipe.stages if (stage.data or recipe.data) == config]
+        check_split(studies, "train", [stage for stage in users if isinstance(stage, VisionStage)])
+        for stage in users:
+            if isinstance(stage, GrpoStage):
+                check_rewards(stage.rewards, studies)
+        policy = policy or build_policy(studies)
+        check_prompts(policy, studies)
+    assert policy is not None
+    dev = ["dev"] if any(stage.evaluate_every for stage in recipe.stages) else []
+    for i, split in enumerate(unique([*dev, *recipe.evaluation.splits])):
+        studies = load_studies(recipe.data, split)
+        check_split(studies, split)
+        check_prompts(policy, studies)
+        if i == 0:
+            check_figures(recipe, studies)
+
+
+def check_split(studies: Sequence[Study], split: str, vision: Sequence[StageConfig] = ()) -> None:
+    """Every study can be read and has a report; those that a vision stage learns from have a film, and some a label."""
+    if not studies:
+        raise UserError(f"the split '{split}' has no studies")
+    lines = [f"study {problem.study}: {problem.what}" for problem in check_studies(studies)]
+    for stage in vision:
+        needs = f"no image, and stage {stage.name} trains the vision tower"
+        lines += [f"study {study.id}: {needs}" for study in studies if not prompt_images(study)]
+        if not any(study.labels for study in studies):
+            lines.append(f"stage {stage.name}: a vision stage learns from labels, and no training study has any")
+    if lines:
+        more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        raise UserError("\n".join(lines[:SHOWN] + more))
+
+
+def check_prompts(policy: Policy, studies: Sequence[Study]) -> None:
+    """The prompts with the most text and those with the most pixels fit `policy.max_prompt_tokens`."""
+    by_text = sorted(studies, key=lambda study: text_bytes(study, policy.prompt), reverse=True)[:PROMPTS]
+    by_film = sorted(studies, key=pixels, reverse=True)[:PROMPTS]
+    for study in {id(study): study for study in (*by_text, *by_film)}.values():
+        policy.encode(study)
+
+
+def text_bytes(study: Study, prompt: PromptConfig) -> int:
+    """Length of the prompt's text in UTF-8; scripts that take more tokens a letter take more bytes too."""
+    return len(build_messages(study, prompt)[0]["content"][-1]["text"].encode())
+
+
+def pixels(study: Study) -> int:
+    """Pixels of the study's image files, from their headers; drawn films are all of one size and count 1."""
+    total = 0
+    for image in prompt_images(study):
+        if isinstance(image.source, Path):
+            with Image.open(image.source) as opened:
+                total += opened.width * opened.height
+        else:
+            total += 1
+    return total
+
+
+def check_rewards(configs: Sequence[RewardConfig], studies: Sequence[Study]) -> None:
+    """The rewards load, and score the reports of two studies as if a policy had written them."""
+    engine = ScoringEngine(configs)
+    few = list(studies[:2])
+    texts = [report_text(study) for study in few]
+    engine.collect(engine.submit(ScoreBatch(texts, texts, study_columns(few) | {"truncated": [False] * len(few)})))
+
+
+def check_figures(recipe: Recipe, studies: Sequence[Study]) -> None:
+    """The evaluation's metrics load and work, and its headline is a figure that these studies give."""
+    config = recipe.evaluation
+    few = list(studies[:200])
+    figures = set(measure(few, {study.id: report_text(study) for study in few}).statistics)
+    for metric in config.metrics:
+        if metric.log_label in figures:
+            raise UserError(f"metric '{metric.log_label}' has the name of a figure that is always counted; label it")
+    if config.metrics:
+        check_rewards(config.metrics, studies)
+        endings = ["", f"/{COMPLETE}"] if all(study.extra.get(COMPLETE) for study in few) else [""]
+        figures |= {f"{metric.log_label}{ending}" for metric in config.metrics for ending in endings}
+    if config.headline not in figures:
+        raise UserError(
+            f"evaluation.headline '{config.headline}' is no figure; there are: {', '.join(sorted(figures))}"
+        )
+
+
+def check_shares(stage: StageConfig, world: int) -> None:
+    """A step's studies divide evenly by ranks and forwards: the shares of the loss are then those of one process."""
+    share, forward = stage.studies_per_step // world, stage.studies_per_forward
+    if stage.studies_per_step % world or (forward and share % min(share, forward)):
+        raise UserError(
+            f"stage {stage.name}: studies_per_step {stage.studies_per_step} must divide evenly by {world} ranks"
+            + (f" and studies_per_forward {forward}" if forward else "")
+        )
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """The trackers are installed: accelerate passes over one that is not."""
+    available = {str(tracker.value) for tracker in get_available_trackers()}
+    for tracker in recipe.trackers:
+        if tracker not in available:
+            raise UserError(f"trackers: {tracker} is not installed; `pip install {tracker}`, or leave it out")
+
+
+def unique(items: Sequence[Any]) -> list[Any]:
+    """The items without repetition, in order (configs are not all hashable)."""
+    return [item for i, item in enumerate(items) if item not in items[:i]]
