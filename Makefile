@@ -24,8 +24,9 @@ $(INSTALLED): pyproject.toml constraints-cpu.txt
 demo: install ## the synthetic experiment, about 15 minutes on two cores; started again, it goes on
 	$(BIN)/unirg train recipes/demo.yaml
 
-demo-seeds: install ## the same on three seeds, each with its own warm start
+demo-seeds: install ## the same on three seeds, each with its own corpus and warm start; ends with docs/demo.md's tables
 	for seed in 0 1 2; do $(BIN)/unirg train recipes/demo.yaml seed=$$seed data.seed=$$seed --output runs/demo-$$seed || exit; done
+	$(BIN)/python benchmarks/chains.py runs/demo-0 runs/demo-1 runs/demo-2
 
 demo-openi: install openi ## the experiment on real Open-i reports (films are drawn), one to two hours
 	UNIRG_OPENI=$(OPENI) $(BIN)/unirg train recipes/demo_openi.yaml
