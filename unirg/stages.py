@@ -7,6 +7,7 @@ Each stage starts from another stage's final policy, so the stages are a tree; t
 run at once (`jobs`). Started again on the same folder, the run goes on where it was.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -156,6 +157,7 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
     policy.model.to(accelerator.device)
     work = StageRun(recipe, stage, run, accelerator, policy, studies)
     if accelerator.is_main_process:
+        held = hold(work.folder)  # noqa: F841 - closed, and so released, when the stage ends
         run_folder.update_manifest(run, seed=recipe.seed, data={stage.name: fingerprint(studies)}, world_size=world)
         what = f"{type(stage).__name__.removesuffix('Stage').lower()}, {stage.steps} steps"
         console.print(f"[bold]{stage.name}[/bold]  {what}, from {recipe.start_of(stage)}", highlight=False)
@@ -192,6 +194,20 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
     accelerator.wait_for_everyone()
     if recipe.trackers:
         accelerator.end_training()
+
+
+def hold(folder: Path) -> TextIO:
+    """Locks a stage's folder while the returned file is open: two processes on one stage would mix their checkpoints.
+
+    Raises UserError where another process holds it (an orphan of a killed run, for one).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{folder}: another process is training this stage; wait for it, or stop it") from error
+    return lock
 
 
 def write_reports(recipe: Recipe, run: Path, stage: str) -> None:
