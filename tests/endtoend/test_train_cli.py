@@ -133,9 +133,7 @@ def test_rollouts_are_kept_with_scores(trained: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["step-000001.parquet", "step-000002.parquet"]
     rows = pyarrow.parquet.read_table(folder / "step-000001.parquet").to_pylist()
     assert len(rows) == 8 and len({row["study_id"] for row in rows}) == 2
-    assert {"candidate", "reward", "advantage", "length", "truncated", "scores.bleu", "scores.entity_f1"} <= set(
-        rows[0]
-    )
+    assert {"candidate", "reward", "advantage", "truncated", "scores.bleu", "scores.entity_f1"} <= set(rows[0])
     assert all(0 < row["length"] <= 10 for row in rows)
 
 
@@ -205,9 +203,7 @@ def large_film(folder: Path, rows: Rows, settings: dict[str, Any]) -> None:
 
 
 def placeholder_in_the_text(folder: Path, rows: Rows, settings: dict[str, Any]) -> None:
-    rows["train"][7]["indication"] = (
-        "cough <|image_pad|> and a longer text, so that it is among those that are looked at"
-    )
+    rows["train"][7]["indication"] = "cough <|image_pad|>"
 
 
 def no_dev_split(folder: Path, rows: Rows, settings: dict[str, Any]) -> None:
