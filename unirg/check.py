@@ -21,15 +21,18 @@ from unirg.recipe.schema import GrpoStage, Recipe, StageConfig, VisionStage
 from unirg.scoring.contract import RewardConfig, ScoreBatch, study_columns
 from unirg.scoring.engine import ScoringEngine
 from unirg.study import Study
+from unirg.training import console
 
 SHOWN = 20
+JUDGED = 64
+"""So many studies' own reports are scored by the rewards."""
 PROMPTS = 50
 """So many of the longest prompts, and of the largest films, are processed as training will process them."""
 
 
 def check(recipe: Recipe, build_policy: Callable[[Sequence[Study]], Policy]) -> None:
     """Raises UserError for whatever would stop the run later: unreadable or empty studies (all of them, by id), prompts
-    over the limit, rewards and metrics that cannot be loaded or fail on two studies, figures that do not exist, steps
+    over the limit, rewards and metrics that cannot be loaded, fail, or judge no study, figures that do not exist, steps
     that do not divide by the ranks, trackers that are not installed. `build_policy` gives the policy for training
     studies.
     """
@@ -97,11 +100,19 @@ def pixels(study: Study) -> int:
 
 
 def check_rewards(configs: Sequence[RewardConfig], studies: Sequence[Study]) -> None:
-    """The rewards load, and score the reports of two studies as if a policy had written them."""
+    """The rewards load, score the reports of a few studies as if a policy had written them, and can judge some. One
+    that judges none is told; where all judge none there is nothing to learn from, and that is an error."""
     engine = ScoringEngine(configs)
-    few = list(studies[:2])
+    few = list(studies[:: max(1, len(studies) // JUDGED)])[:JUDGED]
     texts = [report_text(study) for study in few]
-    engine.collect(engine.submit(ScoreBatch(texts, texts, study_columns(few) | {"truncated": [False] * len(few)})))
+    columns = study_columns(few) | {"truncated": [False] * len(few)}
+    scores = engine.collect(engine.submit(ScoreBatch(texts, texts, columns)))
+    mute = [label for label, values in scores.items() if all(value is None for value in values)]
+    said = f"reward {', '.join(mute)}: could judge none of {len(few)} studies by their own reports"
+    if len(mute) == len(scores):
+        raise UserError(f"{said}; `unirg rewards` says what each reward needs")
+    if mute:
+        console.print(f"[yellow]{said}[/yellow]", highlight=False, soft_wrap=True)
 
 
 def check_figures(recipe: Recipe, studies: Sequence[Study]) -> None:

@@ -69,17 +69,21 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def open_run(run: Path, recipe: str, free: tuple[str, ...] = ("jobs", "threads", "output", "trackers")) -> None:
+FREE = ("jobs", "threads", "output", "trackers", "evaluation")
+"""What a recipe may say anew of a run that exists: how it is run and judged, not what it learns."""
+
+
+def open_run(run: Path, recipe: str) -> None:
     """Makes the folder and writes the resolved recipe (YAML), or checks that the folder is of the same recipe.
 
-    Raises UserError naming the keys that differ from the run that the folder already holds; keys in `free` may.
+    Raises UserError naming the keys that differ from the run that the folder already holds; keys in FREE may.
     """
     import yaml
 
     path = run / "recipe.yaml"
     if path.exists():
         old, new = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(recipe)
-        differing = [key for key in _differences(old, new) if key.split(".")[0] not in free]
+        differing = [key for key in _differences(old, new) if key.split(".")[0] not in FREE]
         if differing:
             raise UserError(
                 f"{run}: holds a run of another recipe (differs in {', '.join(differing[:6])}); "

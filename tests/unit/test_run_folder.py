@@ -1,0 +1,37 @@
+"""The run folder and what is verified before it is opened."""
+
+from pathlib import Path
+
+import pytest
+
+from unirg.check import check_rewards
+from unirg.errors import UserError
+from unirg.run import open_run
+from unirg.scoring.contract import RewardConfig
+from unirg.study import Study
+
+STUDIES = [Study(id="a", findings="Clear lungs."), Study(id="b", findings="Small left effusion.")]
+
+
+def test_rewards_of_which_none_can_judge_are_an_error_and_one_of_several_is_told(capsys):
+    with pytest.raises(UserError, match="label_f1: could judge none of 2 studies"):
+        check_rewards([RewardConfig(name="label_f1")], STUDIES)
+    check_rewards([RewardConfig(name="label_f1"), RewardConfig(name="bleu")], STUDIES)
+    assert "reward label_f1: could judge none of 2 studies" in capsys.readouterr().out
+    check_rewards([RewardConfig(name="bleu")], STUDIES)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_reward_that_fails_does_so_before_training(tmp_path: Path):
+    (tmp_path / "own.py").write_text("def own(candidates, references):\n    return [1 / 0 for _ in candidates]\n")
+    with pytest.raises(UserError, match=r"reward 'own' failed on studies a, b"):
+        check_rewards([RewardConfig(name=f"{tmp_path}/own.py:own")], STUDIES)
+
+
+def test_a_run_may_be_judged_anew_but_not_learn_something_else(tmp_path: Path):
+    open_run(tmp_path, "seed: 0\njobs: 1\nevaluation: {splits: [dev]}\nstages: [{name: sft, steps: 10}]\n")
+    open_run(tmp_path, "seed: 0\njobs: 2\nevaluation: {splits: [dev, test]}\nstages: [{name: sft, steps: 10}]\n")
+    assert "test" in (tmp_path / "recipe.yaml").read_text()
+    with pytest.raises(UserError, match=r"another recipe \(differs in stages\.0\.steps\)"):
+        open_run(tmp_path, "seed: 0\njobs: 2\nevaluation: {splits: [dev]}\nstages: [{name: sft, steps: 11}]\n")
+    assert "steps: 10" in (tmp_path / "recipe.yaml").read_text()
