@@ -197,7 +197,7 @@ def _restore(weights: dict[str, torch.nn.Parameter], saved: dict[str, torch.Tens
 
 def _say(accelerator: Accelerator, stage: str, text: str) -> None:
     if accelerator.is_main_process:
-        console.print(f"[bold]{stage}[/bold]  {text}", highlight=False)
+        console.print(f"[bold]{stage}[/bold]  {text}", highlight=False, soft_wrap=True)
 
 
 SHOWN = ("loss", "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "kl", "entropy")
