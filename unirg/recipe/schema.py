@@ -62,12 +62,24 @@ class StageConfig(Section):
     data: DataConfig | None = None
     """The stage's own data: keys given here replace those of the recipe's `data`."""
 
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> "StageConfig":
+        if self.keep == "best" and self.evaluate_every is None:
+            raise ValueError(f"stage '{self.name}': keep: best needs evaluate_every, which measures what is best")
+        return self
+
 
 class VisionStage(StageConfig):
     """Trains the vision tower alone on finding labels: stands in for a pretrained tower where none can be had."""
 
     kind: Literal["vision"]
     """A stage that trains the vision tower on the studies' labels."""
+
+    @model_validator(mode="after")
+    def _writes_no_reports(self) -> "VisionStage":
+        if self.evaluate_every is not None:
+            raise ValueError(f"stage '{self.name}': a vision stage writes no reports, so evaluate_every has no meaning")
+        return self
 
 
 class SftStage(StageConfig):
@@ -111,6 +123,16 @@ class GrpoStage(StageConfig):
     """Leave reports that hit the length limit out of the loss."""
     resample: int = Field(0, ge=0)
     """How many times studies whose groups have no variance are replaced by fresh studies, within a step."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "GrpoStage":
+        if self.train_on is not None and self.train_on > self.group_size:
+            raise ValueError(f"stage '{self.name}': train_on {self.train_on} is more than group_size {self.group_size}")
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError(f"stage '{self.name}': every reward has weight 0; give at least one a weight")
+        if self.kl.reference != "start" and not self.loss.kl:
+            raise ValueError(f"stage '{self.name}': kl.reference is set, and loss.kl is 0: there is no penalty")
+        return self
 
 
 Stage = Annotated[VisionStage | SftStage | GrpoStage, Field(discriminator="kind")]
@@ -160,6 +182,10 @@ class Recipe(Section):
             earlier.append(stage.name)
         if self.evaluation.baseline is not None and self.evaluation.baseline not in earlier:
             raise ValueError(f"evaluation.baseline names '{self.evaluation.baseline}', which is no stage ({earlier})")
+        writing = [stage.name for stage in self.stages if not isinstance(stage, VisionStage)]
+        for name in self.evaluation.stages or ():
+            if name not in writing:
+                raise ValueError(f"evaluation.stages names '{name}', which is no stage that writes reports ({writing})")
         return self
 
     def start_of(self, stage: StageConfig) -> str:
