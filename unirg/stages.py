@@ -265,14 +265,14 @@ def writes_reports(recipe: Recipe) -> bool:
 
 
 def evaluated(recipe: Recipe, run: Path) -> bool:
-    """Whether the folder of a finished run has every evaluation and the report, newer than all of its policies."""
+    """Whether the folder of a finished run has every evaluation and the report, newer than its policies and recipe."""
     written = [run / "report.html"]
     if writes_reports(recipe):
         written += [run / "evaluation" / f"{split}.json" for split in recipe.evaluation.splits]
-    policies = [run_folder.final_folder(run, stage.name) for stage in recipe.stages]
-    if not all(path.exists() for path in (*written, *policies)):
+    read = [run / "recipe.yaml", *[run_folder.final_folder(run, stage.name) for stage in recipe.stages]]
+    if not all(path.exists() for path in (*written, *read)):
         return False
-    return min(path.stat().st_mtime for path in written) > max(path.stat().st_mtime for path in policies)
+    return min(path.stat().st_mtime for path in written) > max(path.stat().st_mtime for path in read)
 
 
 if __name__ == "__main__":  # python -m unirg.stages RUN STAGE...: what a run side by side starts
