@@ -278,7 +278,7 @@ def load_policy(
     if config.freeze_vision and tower is not None:
         tower.requires_grad_(False)
     if config.lora is not None:
-        model = _with_lora(model, config)
+        model = _with_lora(model, config, seed)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = True
@@ -347,8 +347,8 @@ def vision_tower(model: Any) -> Any | None:
     return None
 
 
-def _with_lora(model: Any, config: PolicyConfig) -> Any:
-    """`model` with fresh adapters on its linear layers."""
+def _with_lora(model: Any, config: PolicyConfig, seed: int) -> Any:
+    """`model` with fresh adapters on its linear layers, the same for the same seed."""
     try:
         import peft
     except ImportError as error:
@@ -362,4 +362,6 @@ def _with_lora(model: Any, config: PolicyConfig) -> Any:
         exclude_modules=r".*(visual|vision_tower|vision_model).*" if config.freeze_vision else None,
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, settings)

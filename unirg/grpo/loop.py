@@ -261,7 +261,8 @@ def update(
                 sampler_weights=weights,
                 entropies_BT=scores.entropies_BT,
             )
-            gaps.append(sampler_metrics(weights, at_sampling_BT, sampled_BT, mask_BT))
+            gap = sampler_metrics(weights, at_sampling_BT, sampled_BT, mask_BT)
+            gaps.append(gap if bool(mask_BT.any()) else {name: value * torch.nan for name, value in gap.items()})
         with watch("backward"):
             work.backward(result.loss)
         for name, value in {"loss": result.loss.detach(), **result.metrics}.items():
@@ -270,8 +271,10 @@ def update(
     for name in gaps[0]:
         values = torch.stack([gap[name] for gap in gaps])
         values = work.accelerator.gather(values[None] if work.accelerator.num_processes > 1 else values)
-        kind = name.rsplit("/", 1)[-1]
-        metrics[name] = float(values.min() if kind == "min" else values.max() if kind == "max" else values.mean())
+        values = values[~values.isnan()]  # of micro-batches with something to learn from
+        if len(values):
+            kind = name.rsplit("/", 1)[-1]
+            metrics[name] = float(values.min() if kind == "min" else values.max() if kind == "max" else values.mean())
     return metrics
 
 
