@@ -76,7 +76,8 @@ FREE = ("jobs", "threads", "output", "trackers", "evaluation")
 def open_run(run: Path, recipe: str) -> None:
     """Makes the folder and writes the resolved recipe (YAML), or checks that the folder is of the same recipe.
 
-    Raises UserError naming the keys that differ from the run that the folder already holds; keys in FREE may.
+    Raises UserError naming the keys that differ from the run that the folder already holds (keys in FREE may), or that
+    the folder cannot be written.
     """
     import yaml
 
@@ -91,7 +92,10 @@ def open_run(run: Path, recipe: str) -> None:
             )
         if old == new:  # left as it is: its time says since when the run is judged like this
             return
-    write_atomically(path, recipe)
+    try:
+        write_atomically(path, recipe)
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written ({error.strerror}); choose another `output`") from error
 
 
 def _differences(old: Any, new: Any, at: str = "") -> list[str]:

@@ -10,6 +10,7 @@ run at once (`jobs`). Started again on the same folder, the run goes on where it
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -68,13 +69,15 @@ def train(recipe: Path, overrides: Sequence[str] = ()) -> int:
 def run_side_by_side(recipe: Recipe, run: Path, waiting: Sequence[StageConfig]) -> None:
     """Runs stages as processes of their own, `jobs` at a time, each as soon as the stages that it needs are done.
 
-    A stage that fails does not stop those that run; then the error is raised. Ctrl-C ends them all; checkpoints stay.
+    A stage that fails does not stop those that run; then the error is raised. Ctrl-C, or SIGTERM, ends them all;
+    checkpoints stay.
     """
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed: list[str] = []
     # Threads that spin while they wait take the cores of the stages beside them.
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     queue = list(waiting)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the stages would go on without us
     try:
         while queue or running:
             for stage in list(queue):
@@ -96,6 +99,7 @@ def run_side_by_side(recipe: Recipe, run: Path, waiting: Sequence[StageConfig]) 
     finally:
         for process in running.values():
             process.terminate()
+        signal.signal(signal.SIGTERM, before)
     if failed:
         raise UserError(
             f"stage {', '.join(failed)} failed (its error stands above); the same command goes on from there"

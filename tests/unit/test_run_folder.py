@@ -35,3 +35,9 @@ def test_a_run_may_be_judged_anew_but_not_learn_something_else(tmp_path: Path):
     with pytest.raises(UserError, match=r"another recipe \(differs in stages\.0\.steps\)"):
         open_run(tmp_path, "seed: 0\njobs: 2\nevaluation: {splits: [dev]}\nstages: [{name: sft, steps: 11}]\n")
     assert "steps: 10" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_to_put_right(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run: cannot be written \(Not a directory\); choose another `output`"):
+        open_run(tmp_path / "file" / "run", "seed: 0\n")
