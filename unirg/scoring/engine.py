@@ -72,15 +72,16 @@ class ScoringEngine:
 
 
 def score_summary(scores: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
-    """Per-reward figures to log: `rewards/<label>/mean` and `/std` over the samples it judged (absent where it judged
-    none), and `/masked`, the share it could not judge."""
+    """Per-reward figures to log: `rewards/<label>/mean` and `/std` (of a sample, as TRL's; 0 of one value) over the
+    samples it judged (absent where it judged none), and `/masked`, the share it could not judge."""
     figures: dict[str, float] = {}
     for label, values in scores.items():
         judged = [value for value in values if value is not None]
         if judged:
             mean = sum(judged) / len(judged)
             figures[f"rewards/{label}/mean"] = mean
-            figures[f"rewards/{label}/std"] = math.sqrt(sum((value - mean) ** 2 for value in judged) / len(judged))
+            squares = sum((value - mean) ** 2 for value in judged)
+            figures[f"rewards/{label}/std"] = math.sqrt(squares / max(1, len(judged) - 1))
         figures[f"rewards/{label}/masked"] = 1 - len(judged) / len(values) if values else 0.0
     return figures
 
