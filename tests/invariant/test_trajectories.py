@@ -25,6 +25,11 @@ policy:
   tiny:
     {{vocabulary: 400, hidden: 64, heads: 2, layers: 2, mlp: 96, vision_hidden: 32, vision_layers: 2, image_size: 64}}
 stages:
+  - name: vision
+    kind: vision
+    steps: 2
+    studies_per_step: 4
+    optimiser: {{learning_rate: 1.0e-3}}
   - name: sft
     kind: sft
     steps: 6
@@ -52,6 +57,9 @@ def closeness(candidates, references, **columns):
 '''
 
 
+STAGES = ("vision", "sft", "grpo")
+
+
 def start(folder: Path, name: str, *overrides: str) -> Path:
     """A run folder with a resolved recipe, ready for its stages."""
     (folder / "tests_reward.py").write_text(REWARD)
@@ -63,7 +71,7 @@ def start(folder: Path, name: str, *overrides: str) -> Path:
 
 def command(run: Path, ranks: int = 1) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return [sys.executable, *launch, "-m", "unirg.stages", str(run), "sft", "grpo"]
+    return [sys.executable, *launch, "-m", "unirg.stages", str(run), *STAGES]
 
 
 def environment() -> dict[str, str]:
@@ -79,7 +87,7 @@ def run_stages(run: Path, *, ranks: int = 1) -> str:
 
 
 def trajectory(run: Path) -> list[dict[str, float]]:
-    records = [r for stage in ("sft", "grpo") for r in run_folder.read_metrics(run / "stages" / stage)]
+    records = [r for stage in STAGES for r in run_folder.read_metrics(run / "stages" / stage)]
     return [{k: v for k, v in record.items() if not k.startswith("time")} for record in records]
 
 
@@ -96,7 +104,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same(run: Path, other: Path, tolerance: float) -> None:
     ours, theirs = trajectory(run), trajectory(other)
-    assert len(ours) == len(theirs) == 10
+    assert len(ours) == len(theirs) == 12
     for record, expected in zip(ours, theirs, strict=True):
         assert record.keys() == expected.keys()
         for name, value in record.items():
@@ -128,6 +136,28 @@ def test_two_ranks(straight: Path, tmp_path: Path) -> None:
     assert_same(run, straight, 2e-3)  # the same rounding as of micro-batches
 
 
+def test_every_option_at_once_on_one_rank_and_two(tmp_path: Path) -> None:
+    """Adapters and their base as the reference, checkpointing, several steps a batch, fewer reports in the backward
+    than were sampled, truncated ones left out (most of the groups of a random policy lose all of theirs)."""
+    options = (
+        "policy.lora={rank: 4}",
+        "policy.gradient_checkpointing=true",
+        "stages.grpo.iterations=2",
+        "stages.grpo.group_size=6",
+        "stages.grpo.train_on=3",
+        "stages.grpo.mask_truncated=true",
+        "stages.grpo.resample=1",
+        "stages.grpo.aggregation=normalise_then_sum",
+        "stages.grpo.sampling.max_new_tokens=40",
+    )
+    one = start(tmp_path, "one", *options, "stages.grpo.studies_per_forward=1")
+    two = start(tmp_path, "two", *options)
+    run_stages(one)
+    run_stages(two, ranks=2)
+    assert_same(one, two, 2e-3)
+    assert any(record["grad_norm"] > 0 for record in trajectory(one)[8:])
+
+
 @pytest.mark.parametrize(("stage", "after"), [("sft", 3), ("grpo", 2)])
 def test_killed_and_resumed_to_the_last_bit(straight: Path, tmp_path: Path, stage: str, after: int) -> None:
     run = start(tmp_path, "run")
@@ -147,7 +177,7 @@ def test_killed_and_resumed_to_the_last_bit(straight: Path, tmp_path: Path, stag
 
 def test_another_recipe_on_the_same_folder_is_refused(straight: Path) -> None:
     text = (straight / "recipe.yaml").read_text().replace("learning_rate: 0.003", "learning_rate: 0.03")
-    with pytest.raises(ValueError, match=r"another recipe \(differs in stages\.0\.optimiser\.learning_rate\)"):
+    with pytest.raises(ValueError, match=r"another recipe \(differs in stages\.1\.optimiser\.learning_rate\)"):
         run_folder.open_run(straight, text)
     run_folder.open_run(straight, (straight / "recipe.yaml").read_text().replace("threads: 1", "threads: 2"))
     manifest = json.loads((straight / "manifest.json").read_text())
