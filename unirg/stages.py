@@ -187,7 +187,7 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
             if accelerator.is_main_process:
                 run_folder.update_manifest(run, rewards={stage.name: engine.identities()})
             sampler = HFSampler(policy, stage.sampling.rows_per_forward)
-            run_grpo(work, sampler, engine, evaluate, load_reference(work, start))
+            run_grpo(work, sampler, engine, evaluate, load_reference(work))
     if accelerator.is_main_process:
         final = run_folder.final_folder(run, stage.name)
         part = final.with_name(".final.part")

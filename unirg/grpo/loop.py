@@ -5,10 +5,11 @@ reward against its group; the policy is moved towards what scored better. Shapes
 study, N = S * G over all ranks, B reports in a micro-batch, T tokens of the longest.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -290,15 +291,19 @@ def _reference_logps(
     return scores.logps_BT
 
 
-def load_reference(work: StageRun, start: Path | None) -> Policy | None:
+def load_reference(work: StageRun) -> Policy | None:
     """The frozen reference policy of the stage's KL penalty; None where there is no penalty, or where switching the
-    policy's adapters off gives it."""
+    policy's adapters off gives it. To be called before the stage goes on from a checkpoint: `start` is the policy as it
+    stands."""
     stage: GrpoStage = work.stage
     if not stage.loss.kl or (stage.kl.reference == "start" and work.recipe.policy.lora is not None):
         return None
-    folder = start if stage.kl.reference == "start" else run_folder.final_folder(work.run, stage.kl.reference)
-    config = work.recipe.policy.model_copy(update={"lora": None, "gradient_checkpointing": False})
-    reference = load_policy(config, work.recipe.prompt, folder=folder)
+    if stage.kl.reference == "start":
+        reference = replace(work.policy, model=copy.deepcopy(work.policy.model))
+    else:
+        config = work.recipe.policy.model_copy(update={"lora": None, "gradient_checkpointing": False})
+        folder = run_folder.final_folder(work.run, stage.kl.reference)
+        reference = load_policy(config, work.recipe.prompt, folder=folder)
     reference.model.requires_grad_(False).eval().to(work.policy.device)
     return reference
 
