@@ -164,8 +164,9 @@ def optimise(
         if evaluate is not None and stage.evaluate_every and (step + 1) % stage.evaluate_every == 0:
             measured = evaluate()
             metrics |= {f"eval/{name}": value for name, value in measured.items()}
-            if stage.keep == "best" and (state["best"] is None or measured[headline] > state["best"]):
-                state["best"] = measured[headline]
+            figure = measured[headline]
+            if stage.keep == "best" and not math.isnan(figure) and (state["best"] is None or figure > state["best"]):
+                state["best"] = figure
                 if accelerator.is_main_process:
                     run_folder.save_checkpoint(folder / "best", step + 1, weights, {}, {})
         if accelerator.is_main_process:
