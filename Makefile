@@ -1,5 +1,8 @@
 # Every target sets up what it needs: a fresh clone and `make demo`, or `make test`, is all.
+#   make install PIP_ARGS="--index-url ..."      packages from an index of your choice
 PYTHON ?= python3
+PIP_ARGS ?=
+PIP := .venv/bin/python -m pip install --quiet $(PIP_ARGS)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 OPENI := $(or $(UNIRG_OPENI),$(CURDIR)/.cache/openi)
@@ -9,16 +12,15 @@ OPENI := $(or $(UNIRG_OPENI),$(CURDIR)/.cache/openi)
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-install: $(INSTALLED) ## .venv with everything, CPU builds only
+install: $(INSTALLED) ## .venv with everything, CPU builds where there are any
 
-# torch goes first and alone: left to the resolver, its dependents take a CUDA build. Where the configured index has no
-# CPU build, PyTorch's own index does.
+# torch goes first and alone: left to the resolver, its dependents take a CUDA build. Where the index has no CPU build of
+# its own, the plain one works too, and is larger.
 $(INSTALLED): pyproject.toml constraints-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	torch=$$(grep '^torch==' constraints-cpu.txt); $(BIN)/python -m pip install --quiet "$$torch+cpu" || \
-	    $(BIN)/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu "$$torch"
-	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt -e '.[dev]'
+	$(PIP) --upgrade pip
+	torch=$$(grep '^torch==' constraints-cpu.txt); $(PIP) "$$torch+cpu" 2>/dev/null || $(PIP) "$$torch"
+	$(PIP) -c constraints-cpu.txt -e '.[dev]'
 	touch $@
 
 demo: install ## the synthetic experiment, about 15 minutes on two cores; started again, it goes on
