@@ -213,7 +213,7 @@ class Policy:
                 features.deepstack_features = [[layer[k] for k in order] for layer in features.deepstack_features]
             return {"mm_encoder_outputs": {"image": features}}
         return {
-            name: torch.cat([prompts[i].images[name] for i in rows if prompts[i].images]).to(device) for name in names
+            name: _joined([prompts[i].images[name] for i in rows if prompts[i].images]).to(device) for name in names
         }
 
     def save(self, folder: Path) -> None:
@@ -229,6 +229,14 @@ class Policy:
             settings = {"video_processor_type": "Qwen3VLVideoProcessor"}
             settings |= {name: getattr(image, name) for name in ("patch_size", "merge_size", "temporal_patch_size")}
             (folder / "video_preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors in one, along the first dimension; zeros fill up the others (numbers of images or tiles), which is how
+    the processors themselves pad a batch."""
+    widths = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padding = [[n for w, s in zip(widths[::-1], t.shape[:0:-1], strict=True) for n in (0, w - s)] for t in tensors]
+    return torch.cat([torch.nn.functional.pad(t, p) if any(p) else t for t, p in zip(tensors, padding, strict=True)])
 
 
 def load_policy(

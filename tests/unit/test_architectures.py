@@ -12,6 +12,9 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -21,7 +24,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
+from unirg.errors import UserError
 from unirg.grpo.forward import answer_logps
 from unirg.policy import Policy, PolicyConfig, load_policy
 from unirg.prompt import PromptConfig, build_messages
@@ -146,7 +151,38 @@ def gemma3(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=[llava, qwen2_5_vl, gemma3], ids=lambda build: build.__name__)
+def idefics3(folder: Path) -> None:
+    """A row of tiles per study, as many as its films have: batches are padded. SmolVLM's family."""
+    tokenizer = build_tokenizer(TEXTS, 400)
+    template = tokenizer.chat_template.replace(VISION_START, "").replace(VISION_END, "").replace(IMAGE, "<image>")
+    names = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    config = Idefics3Config(
+        text_config=text_sizes(tokenizer) | {"model_type": "llama"},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=True,
+    )
+    Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    Idefics3Processor(
+        image_processor=Idefics3ImageProcessorPil(
+            size={"longest_edge": 56}, max_image_size={"longest_edge": 56}, do_image_splitting=False
+        ),
+        tokenizer=tokenizer,
+        image_seq_len=4,
+        chat_template=template,
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=[llava, qwen2_5_vl, gemma3, idefics3], ids=lambda build: build.__name__)
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Policy:
     folder = tmp_path_factory.mktemp(request.param.__name__)
     torch.manual_seed(0)
@@ -207,3 +243,13 @@ def test_studies_with_and_without_films_in_one_batch(policy: Policy, studies: li
     for i in range(3):
         alone = answer_logps(policy, prompts[i : i + 1], answers[i : i + 1]).logps_BT
         torch.testing.assert_close(together[2 * i : 2 * i + 2, : alone.shape[1]], alone, atol=2e-5, rtol=1e-5)
+
+
+def test_image_size_is_refused_where_the_tower_has_its_own(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path)
+    config = PolicyConfig(model=str(tmp_path), image_size=96)
+    if "Qwen" in type(policy.processor).__name__:
+        assert load_policy(config, PromptConfig()).processor.image_processor.size["longest_edge"] == 96 * 96
+    else:
+        with pytest.raises(UserError, match=r"policy\.image_size: .* has a fixed image size"):
+            load_policy(config, PromptConfig())

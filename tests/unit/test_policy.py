@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from unirg.errors import UserError
 from unirg.grpo.forward import answer_logps
-from unirg.policy import LoraConfig, Policy, PolicyConfig, load_policy, vision_tower
+from unirg.policy import LoraConfig, Policy, PolicyConfig, load_policy, stop_ids, vision_tower
 from unirg.prompt import PromptConfig
 from unirg.rollout.hf import HFSampler
 from unirg.study import Study, StudyImage
@@ -105,3 +106,40 @@ def test_gradient_checkpointing_changes_no_gradient(studies: list[Study]) -> Non
     for a, b in zip(plain.model.parameters(), other.model.parameters(), strict=True):
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_start_alike(studies: list[Study]) -> None:
+    config = PolicyConfig(tiny=TINY, lora=LoraConfig(rank=4))
+    one, other = (load_policy(config, PROMPT, texts=REPORTS, seed=3).model.state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    third = load_policy(config, PROMPT, texts=REPORTS, seed=4).model.state_dict()
+    assert any(not torch.equal(one[name], third[name]) for name in one if "lora_A" in name)
+
+
+def test_what_is_no_policy_is_said_in_a_line(tmp_path: Path) -> None:
+    tiny = load_policy(PolicyConfig(tiny=TINY), PROMPT, texts=REPORTS)
+    with pytest.raises(UserError, match=r"policy\.attention: 'fast' cannot be used"):
+        load_policy(PolicyConfig(tiny=TINY, attention="fast"), PROMPT, texts=REPORTS)
+    tiny.processor.tokenizer.save_pretrained(tmp_path / "text")
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    ).save_pretrained(tmp_path / "text")
+    with pytest.raises(UserError, match=r"policy\.model: '.*text' cannot be loaded"):
+        load_policy(PolicyConfig(model=str(tmp_path / "text")), PROMPT)
+    tiny.save(tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        load_policy(PolicyConfig(model=str(tmp_path / "base")), PROMPT)
+
+
+def test_every_stop_id_ends_a_report(tiny_policy: Policy, studies: list[Study]) -> None:
+    other = tiny_policy.processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    tiny_policy.model.generation_config.eos_token_id = [tiny_policy.eos_id, other]
+    assert stop_ids(tiny_policy.model, tiny_policy.processor.tokenizer) == (tiny_policy.eos_id, other)
+    tiny_policy.stop_ids = (tiny_policy.eos_id, other)
+    with torch.no_grad():  # the other one alone is ever sampled
+        tiny_policy.model.lm_head.weight.zero_()
+        tiny_policy.model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tiny_policy.processor.tokenizer)))
+        tiny_policy.model.lm_head.bias[other] = 50.0
+    sample = HFSampler(tiny_policy).sample([tiny_policy.encode(studies[0])], [[0]], temperature=1.0, max_new_tokens=5)
+    assert sample[0][0].ids == (other,) and not sample[0][0].truncated
