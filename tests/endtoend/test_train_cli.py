@@ -263,3 +263,38 @@ def test_all_bad_studies_are_named_at_once(tmp_path: Path, capsys: pytest.Captur
         "study train-3",
         "study train-5",
     ]
+
+
+@pytest.mark.slow
+def test_stages_side_by_side_one_of_which_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What does not depend on the failure is finished; once it is put right, the same command does the rest. There is
+    no dev split: nothing asks for one."""
+    reward = tmp_path / "own.py"
+    reward.write_text(
+        "def own(candidates, references):\n"
+        "    assert candidates == references, 'not today'\n"  # the check before training is passed
+        "    return [1.0] * len(candidates)\n"
+    )
+    rows, settings = invented_rows(), recipe(tmp_path)
+    rows["test"] = rows.pop("dev")
+    settings["data"]["files"] = {split: str(tmp_path / f"{split}.jsonl") for split in rows}
+    short = {"steps": 1, "studies_per_step": 2, "start": "policy"}
+    sft, grpo = ({k: v for k, v in s.items() if k not in ("evaluate_every", "keep")} for s in settings["stages"])
+    settings["stages"] = [sft | short, grpo | short | {"rewards": [{"name": f"{reward}:own"}]}]
+    settings |= {"jobs": 2, "evaluation": {"splits": ["test"], "sampled": False, "draws": 20}}
+    path = str(write(tmp_path, rows, settings))
+
+    assert main(["train", path]) == 2
+    err = capfd.readouterr().err
+    assert "grpo: reward 'own' failed on studies train-" in err and "not today" in err
+    assert "stage grpo failed (its error stands above); the same command goes on from there" in err
+    finals = {stage: tmp_path / "run" / "stages" / stage / "final" for stage in ("sft", "grpo")}
+    assert finals["sft"].exists() and not finals["grpo"].exists()
+
+    trained_at = (finals["sft"] / "model.safetensors").stat().st_mtime_ns
+    reward.write_text("def own(candidates, references):\n    return [float(len(text)) for text in candidates]\n")
+    assert main(["train", path]) == 0
+    assert (finals["sft"] / "model.safetensors").stat().st_mtime_ns == trained_at and finals["grpo"].exists()
+    assert set(json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]) == {"sft", "grpo"}
+    evaluation = json.loads((tmp_path / "run" / "evaluation" / "test.json").read_text())
+    assert list(evaluation["arms"]) == ["sft", "grpo"]
