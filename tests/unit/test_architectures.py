@@ -36,6 +36,15 @@ from unirg.tiny import IMAGE, TURN_END, VIDEO, VISION_END, VISION_START, build_i
 
 TEXTS = ("Small left pleural effusion.", "The lungs are clear.", "indication: cough; write findings")
 
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+
 
 def text_sizes(tokenizer: Any) -> dict[str, Any]:
     return {
@@ -60,14 +69,7 @@ def llava(folder: Path) -> None:
     config = LlavaConfig(
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=16,
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=56,
-            patch_size=14,
-        ),
+        vision_config=CLIPVisionConfig(**VISION | {"num_hidden_layers": 3}),
         text_config=LlamaConfig(**text_sizes(tokenizer), head_dim=32),
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
@@ -126,14 +128,7 @@ def gemma3(folder: Path) -> None:
     config = Gemma3Config(
         text_config=text_sizes(tokenizer)
         | {"head_dim": 32, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 56,
-            "patch_size": 14,
-        },
+        vision_config=VISION,
         mm_tokens_per_image=4,
         image_token_index=index(IMAGE),
         boi_token_index=index(VISION_START),
@@ -159,14 +154,7 @@ def idefics3(folder: Path) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": names})
     config = Idefics3Config(
         text_config=text_sizes(tokenizer) | {"model_type": "llama"},
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 56,
-            "patch_size": 14,
-        },
+        vision_config=VISION,
         scale_factor=2,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         tie_word_embeddings=True,
