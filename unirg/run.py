@@ -90,6 +90,9 @@ def open_run(run: Path, recipe: str) -> None:
                 f"{run}: holds a run of another recipe (differs in {', '.join(differing[:6])}); "
                 "choose another `output`, or remove the folder"
             )
+        limits = [(tree.get("evaluation") or {}).get("max_new_tokens") for tree in (old, new)]
+        if limits[0] != limits[1]:  # the reports there are were written under the other limit
+            shutil.rmtree(run / "predictions", ignore_errors=True)
         if old == new:  # left as it is: its time says since when the run is judged like this
             return
     try:

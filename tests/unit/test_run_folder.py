@@ -37,6 +37,17 @@ def test_a_run_may_be_judged_anew_but_not_learn_something_else(tmp_path: Path):
     assert "steps: 10" in (tmp_path / "recipe.yaml").read_text()
 
 
+def test_reports_written_under_another_limit_are_not_judged(tmp_path: Path):
+    reports = tmp_path / "predictions" / "dev" / "sft.jsonl"
+    open_run(tmp_path, "evaluation: {headline: a, max_new_tokens: 8}\n")
+    reports.parent.mkdir(parents=True)
+    reports.write_text("{}\n")
+    open_run(tmp_path, "evaluation: {headline: b, max_new_tokens: 8}\n")
+    assert reports.exists()
+    open_run(tmp_path, "evaluation: {headline: b}\n")
+    assert not reports.exists()
+
+
 def test_a_folder_that_cannot_be_written_is_the_users_to_put_right(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/run: cannot be written \(Not a directory\); choose another `output`"):
