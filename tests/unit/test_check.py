@@ -1,0 +1,76 @@
+"""What is verified before training: vision stages, films by size, shares of a step, trackers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unirg import check
+from unirg.errors import UserError
+from unirg.policy import Policy
+from unirg.prompt import PromptConfig
+from unirg.recipe.schema import Recipe, StageConfig
+from unirg.study import Study, StudyImage
+
+
+def stage(kind: str = "sft", **keys: Any) -> StageConfig:
+    return recipe(
+        stages=[{"name": "s", "kind": kind, "steps": 1, "optimiser": {"learning_rate": 1e-3}, **keys}]
+    ).stages[0]
+
+
+def recipe(**keys: Any) -> Recipe:
+    stages = [{"name": "s", "kind": "sft", "steps": 1, "optimiser": {"learning_rate": 1e-3}}]
+    settings = {"name": "x", "data": {"adapter": "phantom"}, "policy": {"tiny": {}}, "stages": stages}
+    return Recipe.model_validate(settings | keys)
+
+
+def film(folder: Path, name: str, size: int) -> StudyImage:
+    Image.fromarray(np.zeros((size, size), np.uint8)).save(folder / name)
+    return StudyImage(folder / name)
+
+
+def test_a_vision_stage_needs_films_and_labels(tmp_path: Path) -> None:
+    films = (film(tmp_path, "a.png", 8),)
+    seen = Study("a", films, findings="Clear.", labels={"effusion": 0})
+    check.check_split([seen], "train", [stage("vision")])
+    with pytest.raises(UserError, match=r"^study b: no image, and stage s trains the vision tower$"):
+        check.check_split([seen, Study("b", findings="Clear.", labels={"effusion": 1})], "train", [stage("vision")])
+    with pytest.raises(UserError, match="no training study has any"):
+        check.check_split([Study("a", films, findings="Clear.")], "train", [stage("vision")])
+
+
+def test_one_large_film_among_many_studies_with_more_text_is_found(
+    tiny_policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = film(tmp_path, "small.png", 32)
+    studies = [Study(f"s{i}", (small,), indication="cough " * 20, findings="Clear.") for i in range(120)]
+    studies.insert(70, Study("large", (film(tmp_path, "large.png", 512),), findings="Clear."))
+    studies.insert(20, Study("wordy", (small,), indication="よ" * 50, findings="Clear."))
+    seen: list[str] = []
+    monkeypatch.setattr(Policy, "encode", lambda self, study: seen.append(study.id))
+    check.check_prompts(tiny_policy, studies)
+    assert {"large", "wordy"} <= set(seen) and len(seen) == len(set(seen)) <= 2 * check.PROMPTS
+    assert check.text_bytes(studies[20], PromptConfig(style="short")) > check.text_bytes(studies[0], PromptConfig())
+
+
+@pytest.mark.parametrize(
+    ("studies", "forward", "world", "fits"),
+    [(8, None, 2, True), (8, None, 3, False), (8, 3, 1, False), (8, 2, 4, True), (8, 16, 1, True), (6, 2, 2, False)],
+)
+def test_shares_are_whole(studies: int, forward: int | None, world: int, fits: bool) -> None:
+    one = stage(studies_per_step=studies, studies_per_forward=forward)
+    if fits:
+        check.check_shares(one, world)
+    else:
+        with pytest.raises(UserError, match=f"stage s: studies_per_step {studies} must divide evenly by {world} ranks"):
+            check.check_shares(one, world)
+
+
+def test_a_tracker_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "get_available_trackers", list)
+    with pytest.raises(UserError, match="trackers: mlflow is not installed"):
+        check.check_trackers(recipe(trackers=["mlflow"]))
+    check.check_trackers(recipe())
