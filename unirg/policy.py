@@ -268,7 +268,10 @@ def load_policy(
                 trust_remote_code=config.trust_remote_code,
             )
         except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"policy.model: '{source}' cannot be loaded: {str(error).splitlines()[0]}") from error
+            where = "" if Path(source).exists() else " is no folder, and"
+            raise UserError(
+                f"policy.model: '{source}'{where} cannot be loaded: {str(error).splitlines()[0]}"
+            ) from error
         if not getattr(processor, "chat_template", None):
             raise UserError(f"policy.model: '{source}' has no chat template; an instruction-tuned model is needed")
     if config.image_size is not None:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -36,6 +37,8 @@ from unirg.study import Study
 from unirg.training import StageRun, console
 
 INITIAL = "policy"
+# New names for what peft, and the oldest transformers that we take, know by the old ones.
+warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 
 def train(recipe: Path, overrides: Sequence[str] = ()) -> int:

@@ -66,7 +66,7 @@ def test_errors_name_the_study(tiny_policy: Policy, tmp_path: Path) -> None:
     small = load_policy(PolicyConfig(tiny=TINY, max_prompt_tokens=60), PROMPT, texts=REPORTS)
     with pytest.raises(UserError, match=r"study c: its prompt has \d+ tokens, policy.max_prompt_tokens allows 60"):
         small.encode(Study("c", (StudyImage(np.zeros((64, 64), np.uint8)),), indication="cough " * 60))
-    with pytest.raises(UserError, match=r"policy\.model: 'no/where' cannot be loaded"):
+    with pytest.raises(UserError, match=r"policy\.model: 'no/where' is no folder, and cannot be loaded"):
         load_policy(PolicyConfig(model="no/where"), PROMPT)
     with pytest.raises(ValueError, match="either `model`"):
         PolicyConfig()
