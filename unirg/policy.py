@@ -152,8 +152,12 @@ class Policy:
         text = self.processor.apply_chat_template(
             build_messages(study, self.prompt), tokenize=False, add_generation_prompt=True
         )
+        bos = self.processor.tokenizer.bos_token  # in the template already, or put there by the tokenizer: not twice
+        special = not (bos and text.startswith(bos))
         try:
-            encoded = dict(self.processor(text=[text], images=images or None, return_tensors="pt"))
+            encoded = dict(
+                self.processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=special)
+            )
         except ValueError as error:  # such as an image placeholder within the study's text
             raise UserError(f"study {study.id}: the processor does not take its prompt ({error})") from error
         ids_P = encoded.pop("input_ids")[0]

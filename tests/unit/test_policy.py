@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 from unirg.errors import UserError
 from unirg.grpo.forward import answer_logps
@@ -143,3 +144,16 @@ def test_every_stop_id_ends_a_report(tiny_policy: Policy, studies: list[Study]) 
         tiny_policy.model.lm_head.bias[other] = 50.0
     sample = HFSampler(tiny_policy).sample([tiny_policy.encode(studies[0])], [[0]], temperature=1.0, max_new_tokens=5)
     assert sample[0][0].ids == (other,) and not sample[0][0].truncated
+
+
+@pytest.mark.parametrize("in_template", [True, False])
+def test_a_prompt_begins_once(tiny_policy: Policy, studies: list[Study], in_template: bool) -> None:
+    tokenizer = tiny_policy.processor.tokenizer
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    if in_template:  # as in Gemma's
+        tiny_policy.processor.chat_template = "<|endoftext|>" + tiny_policy.processor.chat_template
+    ids = tiny_policy.encode(studies[0]).ids_P.tolist()
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1

@@ -6,6 +6,7 @@ study, N = S * G over all ranks, B reports in a micro-batch, T tokens of the lon
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -39,6 +40,8 @@ class Group:
     prompt: EncodedPrompt
     samples: list[Sample]
     scores: dict[str, list[float | None]] = field(default_factory=dict)
+    rewards: list[float] = field(default_factory=list)
+    """The weighted sums of the scores; NaN where a report is masked."""
     advantages: list[float] = field(default_factory=list)
     trained: list[int] = field(default_factory=list)
     """Indices of the samples that go through the backward."""
@@ -126,8 +129,9 @@ def collect_rollouts(
     if stage.train_on is not None and stage.train_on < stage.group_size:
         rows = most_extreme(result.advantages_N, stage.group_size, stage.train_on).view(-1, stage.train_on)
     trained = [[int(n) % stage.group_size for n in row if bool(counted.view(-1)[n])] for row in rows]
-    for group, own, indices in zip(groups, work.mine(by_group), work.mine(trained), strict=True):
-        group.advantages, group.trained = own, indices
+    rewards = result.rewards_N.view(-1, stage.group_size).tolist()
+    for i, group in zip(work.mine(range(len(everyones))), groups, strict=True):
+        group.rewards, group.advantages, group.trained = rewards[i], by_group[i], trained[i]
     tokens = sum(everyones[g][2][i][0] for g, indices in enumerate(trained) for i in indices)
     normaliser = Normaliser(sum(map(len, trained)), tokens, stage.sampling.max_new_tokens)
     metrics = rollout_metrics(stage, everyones, result) | {"frac_reward_zero_std": first_zero / result.groups}
@@ -137,7 +141,7 @@ def collect_rollouts(
         name = f"step-{batch + 1:06d}.parquet"
     else:
         name = f"step-{batch + 1:06d}-rank{work.accelerator.process_index}.parquet"
-    write_rollouts(work.run / "rollouts" / stage.name / name, stage, groups)
+    write_rollouts(work.run / "rollouts" / stage.name / name, groups)
     return groups, metrics, normaliser
 
 
@@ -308,16 +312,15 @@ def load_reference(work: StageRun) -> Policy | None:
     return reference
 
 
-def write_rollouts(path: Path, stage: GrpoStage, groups: list[Group]) -> None:
-    """The batch's reports with scores and advantages, one row per report, as parquet."""
-    weights = {reward.log_label: reward.weight for reward in stage.rewards}
+def write_rollouts(path: Path, groups: list[Group]) -> None:
+    """The batch's reports with scores, rewards (null where masked) and advantages, one row per report, as parquet."""
     rows = []
     for group in groups:
         for i, sample in enumerate(group.samples):
             scores = {label: values[i] for label, values in group.scores.items()}
-            known = [weights[label] * value for label, value in scores.items() if value is not None]
+            reward = None if math.isnan(group.rewards[i]) else group.rewards[i]
             rows.append(
-                {"study_id": group.study.id, "candidate": sample.text, "reward": sum(known) if known else None}
+                {"study_id": group.study.id, "candidate": sample.text, "reward": reward}
                 | {"advantage": group.advantages[i], "length": len(sample.ids), "truncated": sample.truncated}
                 | {"trained": i in group.trained}
                 | {f"scores.{label}": value for label, value in scores.items()}
