@@ -194,7 +194,7 @@ def _evaluation_verbs(add: Add) -> None:
         files = (arguments.a, arguments.b)
         return compare(*files, data=arguments.data, split=arguments.split, as_json=arguments.json)
 
-    parser = _verb(add, "compare", "two files of reports, study by study: B less A with 95%% intervals", compare)
+    parser = _verb(add, "compare", "two files of reports, study by study: B minus A with 95%% intervals", compare)
     parser.add_argument("a", type=Path, metavar="A", help="JSONL of `id`, `report` and `reference`")
     parser.add_argument("b", type=Path, metavar="B")
     parser.add_argument("--data", type=Path, metavar="RECIPE", help="take references and labels from its data")

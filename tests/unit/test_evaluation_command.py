@@ -119,7 +119,14 @@ def test_table_fits_120_columns_and_says_what_must_be_said(run: Path, generated:
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 120
     assert "…" not in text  # nothing is cut
     wanted = [DRAWN_FILMS, "the reports", "12 s", "perfect reporter", "best constant", "negations F1", "films shuffled"]
-    wanted += ["sampled", "label F1", "against complete references", "less warm", "cardiomegaly", "duplicate reports"]
+    wanted += [
+        "sampled",
+        "label F1",
+        "against complete references",
+        "difference from warm",
+        "cardiomegaly",
+        "duplicate reports",
+    ]
     assert [words for words in wanted if words not in text] == []
 
 
@@ -153,7 +160,7 @@ def test_compare_with_and_without_the_data(
     assert known["truth_f1"]["difference"] > 0 and "truth_f1" not in bare
     assert bare["positive_f1"] == known["positive_f1"] and bare["positive_f1/complete"]["difference"] > 0
     assert command.compare(a, b) == 0
-    assert "b.jsonl less a.jsonl" in capsys.readouterr().out
+    assert "b.jsonl minus a.jsonl" in capsys.readouterr().out
 
 
 def test_compare_refuses_files_of_different_studies(run: Path, generated: list[str], tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def render_evaluation(evaluation: Mapping[str, Any]) -> Group:
 
 def render_comparison(differences: Mapping[str, Any], a: str, b: str, studies: int) -> Group:
     """The paired comparison of two prediction files: b less a on the same studies."""
-    table = _table(f"{b} less {a}, paired over {studies} studies. {INTERVALS}", ["difference", "relative"])
+    table = _table(f"{b} minus {a}, paired over {studies} studies. {INTERVALS}", ["difference", "relative"])
     group = ""
     for key, found in sorted(differences.items(), key=lambda item: against(item[0])):
         if against(key) != group:
@@ -175,7 +175,7 @@ def _figures(evaluation: Mapping[str, Any]) -> Table:
 
 def _paired(evaluation: Mapping[str, Any]) -> Table:
     versus, baseline = evaluation["versus"], evaluation["baseline"]
-    table = _table(f"less {baseline}, paired over studies: difference, 95% interval, relative gain", versus)
+    table = _table(f"difference from {baseline}, paired: its 95% interval, and the relative gain", versus)
     for group, keys in figure_groups(evaluation).items():
         table.add_section()
         table.add_row(Text(group, style="italic"))
