@@ -37,6 +37,8 @@ from unirg.study import Study
 from unirg.training import StageRun, console
 
 INITIAL = "policy"
+THREADS = torch.get_num_threads()
+"""Torch's own number, taken once: stages that run one after another in this process do not divide it again."""
 # New names for what peft, and the oldest transformers that we take, know by the old ones.
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 
@@ -143,7 +145,7 @@ def initial_policy(recipe: Recipe, folder: Path | None, studies: Sequence[Study]
 
 def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
     """One stage, from its checkpoint if it has one, to its final model folder."""
-    torch.set_num_threads(recipe.threads or max(1, torch.get_num_threads() // beside(recipe, stage)))
+    torch.set_num_threads(recipe.threads or max(1, THREADS // beside(recipe, stage)))
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.policy.dtype == "bfloat16" else "no",
         cpu=not torch.cuda.is_available(),
