@@ -16,7 +16,7 @@ from unirg.data.command import check_studies
 from unirg.errors import UserError
 from unirg.evaluation.evaluate import COMPLETE, measure
 from unirg.policy import Policy
-from unirg.prompt import PromptConfig, build_messages, prompt_images, report_text
+from unirg.prompt import build_messages, prompt_images, report_text
 from unirg.recipe.schema import GrpoStage, Recipe, StageConfig, VisionStage
 from unirg.scoring.contract import RewardConfig, ScoreBatch, study_columns
 from unirg.scoring.engine import ScoringEngine
@@ -75,16 +75,18 @@ def check_split(studies: Sequence[Study], split: str, vision: Sequence[StageConf
 
 
 def check_prompts(policy: Policy, studies: Sequence[Study]) -> None:
-    """The prompts with the most text and those with the most pixels fit `policy.max_prompt_tokens`."""
-    by_text = sorted(studies, key=lambda study: text_bytes(study, policy.prompt), reverse=True)[:PROMPTS]
+    """No prompt's text holds one of the model's special tokens (the processor would take it for an image, or for the
+    end of a turn), and the prompts with the most text and those with the most pixels fit `policy.max_prompt_tokens`."""
+    texts = {id(study): build_messages(study, policy.prompt)[0]["content"][-1]["text"] for study in studies}
+    for study in studies:
+        for token in policy.processor.tokenizer.all_special_tokens:
+            if token in texts[id(study)]:
+                raise UserError(f"study {study.id}: its context holds '{token}', a special token of the model")
+    # In bytes of UTF-8: scripts that take more tokens a letter take more bytes too.
+    by_text = sorted(studies, key=lambda study: len(texts[id(study)].encode()), reverse=True)[:PROMPTS]
     by_film = sorted(studies, key=pixels, reverse=True)[:PROMPTS]
     for study in {id(study): study for study in (*by_text, *by_film)}.values():
         policy.encode(study)
-
-
-def text_bytes(study: Study, prompt: PromptConfig) -> int:
-    """Length of the prompt's text in UTF-8; scripts that take more tokens a letter take more bytes too."""
-    return len(build_messages(study, prompt)[0]["content"][-1]["text"].encode())
 
 
 def pixels(study: Study) -> int:

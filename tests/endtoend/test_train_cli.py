@@ -232,7 +232,7 @@ def odd_shares(folder: Path, rows: Rows, settings: dict[str, Any]) -> None:
         (empty_report, "study train-2: empty report"),
         (long_prompt, "study train-6: its prompt has [0-9]+ tokens, policy.max_prompt_tokens allows 120"),
         (large_film, "study train-[0-9]: its prompt has [0-9]+ tokens"),
-        (placeholder_in_the_text, "study train-7: the processor does not take its prompt"),
+        (placeholder_in_the_text, "study train-7: its context holds '<.image_pad.>', a special token"),
         (no_dev_split, "no split 'dev'"),
         (no_such_figure, "evaluation.headline 'positive_f2' is no figure"),
         (unknown_reward, "blue"),

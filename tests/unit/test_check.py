@@ -54,6 +54,15 @@ def test_one_large_film_among_many_studies_with_more_text_is_found(
     assert {"large", "wordy"} <= set(seen) and len(seen) == len(set(seen)) <= 2 * check.PROMPTS
 
 
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>"])
+def test_a_special_token_in_any_study_is_found(tiny_policy: Policy, tmp_path: Path, token: str) -> None:
+    films = (film(tmp_path, "a.png", 32),)
+    studies = [Study(f"s{i}", films, indication="cough " * 20, findings="Clear.") for i in range(60)]
+    studies.append(Study("odd", films, indication=f"{token}Write.", findings="Clear."))
+    with pytest.raises(UserError, match=r"study odd: its context holds '<.*>', a special token of the model"):
+        check.check_prompts(tiny_policy, studies)
+
+
 @pytest.mark.parametrize(
     ("studies", "forward", "world", "fits"),
     [(8, None, 2, True), (8, None, 3, False), (8, 3, 1, False), (8, 2, 4, True), (8, 16, 1, True), (6, 2, 2, False)],
