@@ -107,6 +107,13 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def trained(arm: Mapping[str, Any]) -> str:
+    """An arm's training time; processor time where known: wall time on a shared machine measures the neighbours."""
+    if arm.get("cpu_seconds"):
+        return duration(arm["cpu_seconds"]) + " of CPU"
+    return duration(arm.get("seconds"))
+
+
 def figure_groups(evaluation: Mapping[str, Any]) -> dict[str, list[str]]:
     """The F1s, metrics and output figures that any arm has, grouped by what they are taken against.
 
@@ -152,7 +159,7 @@ def _arms(evaluation: Mapping[str, Any]) -> Table:
     table.add_column("trained for", justify="right", no_wrap=True)
     table.add_column("what it was allowed to see")
     for name, arm in evaluation["arms"].items():
-        table.add_row(Text(name, style="bold"), duration(arm.get("seconds")), Text(arm.get("sees") or "–"))
+        table.add_row(Text(name, style="bold"), trained(arm), Text(arm.get("sees") or "–"))
     return table
 
 
@@ -213,7 +220,7 @@ def _per_finding(evaluation: Mapping[str, Any]) -> Table:
 def _table(heading: str | None, columns: Iterable[str]) -> Table:
     table = Table(title=heading, title_justify="left", title_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.box, table.show_lines = None, False
-    table.add_column("", no_wrap=True)
+    table.add_column("", max_width=28)  # leaves 120 columns room for the intervals of five arms and two controls
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")
     return table

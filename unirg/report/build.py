@@ -33,7 +33,7 @@ def build(run: Path) -> Path:
         loader=PackageLoader("unirg.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"decimals": table.decimals, "percent": table.percent, "duration": table.duration}
+    environment.filters |= {"decimals": table.decimals, "percent": table.percent, "trained": table.trained}
     environment.filters["title"] = table.title
     stages = list(dict.fromkeys(stage for by_stage in contents.curves.values() for stage in by_stage))
     arms = dict.fromkeys(arm for evaluation in contents.evaluations.values() for arm in evaluation["arms"])
