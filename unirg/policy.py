@@ -62,8 +62,8 @@ class PolicyConfig(Section):
     max_prompt_tokens: int = Field(4096, gt=0)
     """A longer prompt is an error that names the study, before any training."""
     image_size: int | None = Field(None, gt=0)
-    """Resize films so that they have about this many pixels a side, for models that take any size (Qwen's); default what
-    the model's processor does."""
+    """Resize films so that they have about this many pixels a side, for models that take any size (Qwen's); default
+    what the model's processor does."""
     trust_remote_code: bool = False
     """Run code that comes with the model's files."""
 
