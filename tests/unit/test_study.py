@@ -1,12 +1,14 @@
 """Studies: how image files of every depth become the films that a policy sees."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from unirg.study import StudyImage
+from unirg.data import fingerprint
+from unirg.study import Study, StudyImage
 
 
 def levels(path: Path) -> np.ndarray:
@@ -40,3 +42,17 @@ def test_a_file_cut_short_is_named(tmp_path: Path, kept: int) -> None:
     (tmp_path / "cut.png").write_bytes((tmp_path / "film.png").read_bytes()[:kept])
     with pytest.raises(OSError, match=r"cut\.png: cannot be read as an image"):
         StudyImage(tmp_path / "cut.png").load()
+
+
+def test_the_fingerprint_sees_all_that_a_prompt_says() -> None:
+    study = Study("a", indication="Cough.", findings="Clear.")
+    changed = [
+        replace(study, technique="Portable."),
+        replace(study, demographics={"age": "40"}),
+        replace(study, indication="Fever."),
+        replace(study, findings="Effusion."),
+        replace(study, labels={"effusion": 1}),
+        replace(study, prior=Study("b", findings="Clear.")),
+    ]
+    assert len({fingerprint([one]) for one in (study, *changed)}) == 7
+    assert fingerprint([study]) == fingerprint([replace(study)])

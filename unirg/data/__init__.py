@@ -56,7 +56,8 @@ def fingerprint(studies: Sequence[Study]) -> str:
     digest = hashlib.sha256()
     for study in studies:
         row = [
-            *(study.id, study.institution, study.indication, study.comparison, report_text(study)),
+            *(study.id, study.institution, study.indication, study.comparison, study.technique, report_text(study)),
+            sorted(study.demographics.items()),
             *(study.extra.get("complete"), sorted(study.labels.items())),
             *([] if study.prior is None else [report_text(study.prior)]),
         ]
