@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from unirg.errors import UserError
-from unirg.evaluation.arms import best_constant, evaluate_arms, shuffle
+from unirg.evaluation.arms import best_constants, evaluate_arms, shuffle
 from unirg.evaluation.evaluate import Arm, EvaluationConfig, compare, evaluate_predictions, measure
 from unirg.evaluation.table import figure_groups
 from unirg.scoring.contract import RewardConfig
@@ -131,15 +131,15 @@ def test_shuffling_gives_every_study_anothers_report(studies: list[Study]) -> No
     assert shuffled == shuffle(studies, reports, seed=3) != shuffle(studies, reports, seed=4)
 
 
-def test_best_constant_is_chosen_by_the_headline(studies: list[Study], rewards: Path) -> None:
-    candidates = [NORMAL, EFFUSION, BOTH]
-    assert best_constant(studies, candidates, "positive_f1") == EFFUSION
-    assert best_constant(studies, candidates, "positive_f1/complete") == BOTH
-    assert best_constant(studies, candidates, "negation_f1") == NORMAL
+def test_every_figure_has_its_own_best_constant(studies: list[Study], rewards: Path) -> None:
     metric = RewardConfig(name=f"{rewards}:overlap")
-    assert best_constant(studies, candidates, "overlap", [metric]) == EFFUSION  # has the words of both references
+    best = best_constants(studies, [NORMAL, EFFUSION, BOTH], "positive_f1", [metric])
+    assert best["positive_f1"] == EFFUSION
+    assert best["positive_f1/complete"] == BOTH
+    assert best["negation_f1"] == NORMAL
+    assert best["overlap"] == EFFUSION  # has the words of both references
     with pytest.raises(UserError, match=r"'positve_f1'.*positive_f1"):
-        best_constant(studies, candidates, "positve_f1")
+        best_constants(studies, [NORMAL], "positve_f1")
 
 
 def test_arms_beside_their_controls(studies: list[Study], rewards: Path) -> None:
@@ -150,7 +150,7 @@ def test_arms_beside_their_controls(studies: list[Study], rewards: Path) -> None
     config = EvaluationConfig(
         metrics=[RewardConfig(name=f"{rewards}:overlap")], headline="truth_f1", baseline="sft", draws=200
     )
-    found = evaluate_arms(studies, arms, config, split="test", constant=EFFUSION)
+    found = evaluate_arms(studies, arms, config, split="test", constants={"truth_f1": EFFUSION, "negation_f1": NORMAL})
     json.dumps(found, allow_nan=False)
     assert found["film"] == "drawn" and found["studies"] == 10
     assert found["arms"]["sft"]["sees"] == "the reports" and "sampled" not in found["arms"]["sft"]
@@ -158,7 +158,10 @@ def test_arms_beside_their_controls(studies: list[Study], rewards: Path) -> None
     assert found["arms"]["grpo"]["shuffled"]["truth_f1"]["mean"] < 1.0
     assert "length" not in found["arms"]["grpo"]["shuffled"]
     assert found["controls"]["perfect reporter"]["metrics"]["truth_f1"]["mean"] == 1.0
-    assert found["controls"]["best constant report"]["report"] == EFFUSION
+    floor = found["controls"]["best constant report"]
+    assert floor["report"] == EFFUSION
+    negations = measure(studies, {study.id: NORMAL for study in studies}).statistics["negation_f1"].value
+    assert floor["metrics"]["negation_f1"]["mean"] == pytest.approx(negations, abs=1e-6) and negations > 0
     gain = found["versus"]["grpo"]["truth_f1"]
     assert gain["difference"] == pytest.approx(1 / 3, abs=1e-6) and gain["relative"] == pytest.approx(0.5, abs=1e-6)
     assert 0 < gain["low"] <= gain["difference"] <= gain["high"]

@@ -70,7 +70,7 @@ def run(tmp_path: Path) -> Path:
     copied = {study.id: study.extra["complete"] for study in studies}
     arms = {"sft<i>": Arm(reports, sees=ATTACK, seconds=65.0), "grpo": Arm(copied, sampled=reports)}
     config = EvaluationConfig(baseline="sft<i>", draws=20)
-    evaluation = evaluate_arms(studies, arms, config, split="test", constant=ATTACK)
+    evaluation = evaluate_arms(studies, arms, config, split="test", constants={config.headline: ATTACK})
     (folder / "evaluation").mkdir(parents=True)
     (folder / "evaluation" / "test.json").write_text(json.dumps(evaluation))
     write_samples(folder, studies, {name: arm.reports for name, arm in arms.items()}, split="test", count=3)

@@ -1,11 +1,12 @@
 """The arms of an experiment side by side, with the controls without which no figure means much.
 
 - The ceiling: a perfect reporter, who writes the complete reference.
-- The floor: the best constant report, chosen on other studies than those it is scored on.
+- The floor: for every figure the best constant report, chosen on other studies than those it is scored on.
 - The shuffled-film control: an arm's own reports paired with other studies' films. What is left of a figure then is
   what can be had without looking.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from unirg.scoring.contract import RewardConfig
 from unirg.scoring.engine import ScoringEngine
 from unirg.study import Study
 
+OUTPUTS = ("length", "duplicates", "normal", "truncated")
+"""Figures of the reports alone: no reference enters them."""
+
 
 def evaluate_arms(
     studies: Sequence[Study],
@@ -24,12 +28,12 @@ def evaluate_arms(
     config: EvaluationConfig,
     *,
     split: str,
-    constant: str | None = None,
+    constants: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Every arm on `studies`, with controls and, where `config.baseline` is among the arms, paired comparisons.
 
-    `constant` is the best constant report (see `best_constant`). Of the configured metrics only the headline is taken
+    `constants` are the best constant reports (see `best_constants`). Of the configured metrics only the headline is taken
     on shuffled films. Returns what RUN/evaluation/<split>.json holds. Raises UserError where an arm's ids are not the
     studies', RewardError where a metric fails.
     """
@@ -54,31 +58,33 @@ def evaluate_arms(
         "baseline": config.baseline,
         "draws": config.draws,
         "arms": results,
-        "controls": _controls(studies, constant, engine, drawn),
+        "controls": _controls(studies, constants, config.headline, engine, drawn),
         "versus": _versus(measured, config.baseline, drawn),
         "identities": engine.identities() if engine is not None else {},
     }
 
 
-def best_constant(
+def best_constants(
     studies: Sequence[Study], candidates: Sequence[str], headline: str, metrics: Sequence[RewardConfig] = ()
-) -> str:
-    """The candidate that, written for every study, has the highest `headline` figure; the first of equals.
+) -> dict[str, str]:
+    """For every figure the candidate that has the highest one when it is written for every study; the first of equals.
+    One text is not the floor of every figure: the template that wins entity F1 has no positive finding at all.
 
     Give studies that are not the ones it will be scored on. Raises UserError where the headline is no figure
     of theirs, ValueError where there are no candidates.
     """
     if not candidates:
         raise ValueError("the best constant report needs candidates: give the most frequent training reports")
-    engine = _engine_for(headline, metrics)
-    best, best_value = candidates[0], float("-inf")
+    engine = ScoringEngine(metrics) if metrics else None
+    best: dict[str, tuple[float, str]] = {}
     for candidate in candidates:
         statistics = measure(studies, {study.id: candidate for study in studies}, engine).statistics
         if headline not in statistics:
             raise UserError(f"evaluation.headline '{headline}' is no figure here; there are: {', '.join(statistics)}")
-        if statistics[headline].value > best_value:
-            best, best_value = candidate, statistics[headline].value
-    return best
+        for key, statistic in statistics.items():
+            if key not in best or math.isnan(best[key][0]) or statistic.value > best[key][0]:
+                best[key] = (statistic.value, candidate)
+    return {key: text for key, (_, text) in best.items()}
 
 
 def shuffle(studies: Sequence[Study], reports: Mapping[str, str], *, seed: int = 0) -> dict[str, str]:
@@ -94,17 +100,29 @@ def _engine_for(headline: str, metrics: Sequence[RewardConfig]) -> ScoringEngine
 
 
 def _controls(
-    studies: Sequence[Study], constant: str | None, engine: ScoringEngine | None, drawn: dict[str, Any]
+    studies: Sequence[Study],
+    constants: Mapping[str, str] | None,
+    headline: str,
+    engine: ScoringEngine | None,
+    drawn: dict[str, Any],
 ) -> dict[str, Any]:
     controls: dict[str, Any] = {}
     if studies and all(study.extra.get(COMPLETE) for study in studies):
         perfect = {study.id: str(study.extra[COMPLETE]) for study in studies}
         controls["perfect reporter"] = summarise(measure(studies, perfect, engine), **drawn)
-    if constant is not None:
-        everywhere = {study.id: constant for study in studies}
-        controls["best constant report"] = {"report": constant} | summarise(
-            measure(studies, everywhere, engine), **drawn
-        )
+    if constants:
+        everywhere = {
+            text: summarise(measure(studies, {study.id: text for study in studies}, engine), **drawn)
+            for text in dict.fromkeys(constants.values())
+        }
+        floor = everywhere[constants[headline]]
+        metrics = {}
+        for key in floor["metrics"]:
+            # Precision and recall are of the report with the best F1; outputs are described by the headline's report.
+            chosen = key.replace("_precision", "_f1").replace("_recall", "_f1")
+            text = constants[headline] if key in OUTPUTS else constants.get(chosen, constants[headline])
+            metrics[key] = everywhere[text]["metrics"][key]
+        controls["best constant report"] = {"report": constants[headline]} | floor | {"metrics": metrics}
     return controls
 
 
@@ -116,7 +134,7 @@ def _versus(measured: Mapping[str, Measurement], baseline: str | None, drawn: di
 
 def _reference_figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Without what shuffling cannot change: the outputs are the same ones."""
-    return {key: value for key, value in metrics.items() if key not in ("length", "duplicates", "normal", "truncated")}
+    return {key: value for key, value in metrics.items() if key not in OUTPUTS}
 
 
 def _film(studies: Sequence[Study]) -> str | None:

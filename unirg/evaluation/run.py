@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from unirg.data import JsonlData, load_studies
 from unirg.errors import UserError
-from unirg.evaluation.arms import best_constant, evaluate_arms
+from unirg.evaluation.arms import best_constants, evaluate_arms
 from unirg.evaluation.evaluate import Arm, EvaluationConfig
 from unirg.evaluation.predictions import Predictions, drop_cut_line, read_predictions, write_predictions
 from unirg.prompt import report_text
@@ -76,8 +76,8 @@ def evaluate_run(
             seconds=measured.get(name, {}).get("seconds"),
             cpu_seconds=measured.get(name, {}).get("cpu_seconds"),
         )
-    constant = _floor(recipe, config)
-    evaluation = evaluate_arms(studies, arms, config, split=split, constant=constant, seed=recipe.seed)
+    constants = _floor(recipe, config)
+    evaluation = evaluate_arms(studies, arms, config, split=split, constants=constants, seed=recipe.seed)
     text = json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(run / "evaluation" / f"{split}.json", text + "\n")
     write_samples(run, studies, {name: arm.reports for name, arm in arms.items()}, split=split)
@@ -177,9 +177,9 @@ def _stages(run: Path, recipe: "Recipe", split: str, asked: Sequence[str] | None
     return finished
 
 
-def _floor(recipe: "Recipe", config: EvaluationConfig) -> str | None:
-    """The best constant report: chosen among the most frequent training reports, by the headline figure on dev; None
-    where the data have no dev split."""
+def _floor(recipe: "Recipe", config: EvaluationConfig) -> dict[str, str] | None:
+    """For every figure the best constant report, chosen among the most frequent training reports on dev; None where
+    the data have no dev split."""
     if isinstance(recipe.data, JsonlData) and "dev" not in recipe.data.files:
         return None
     frequent = Counter(text for study in load_studies(recipe.data, "train") if (text := report_text(study)))
@@ -187,7 +187,7 @@ def _floor(recipe: "Recipe", config: EvaluationConfig) -> str | None:
     if not frequent or not dev:
         return None
     candidates = [text for text, _ in frequent.most_common(CONSTANTS)]
-    return best_constant(dev, candidates, config.headline, config.metrics)
+    return best_constants(dev, candidates, config.headline, config.metrics)
 
 
 def _whole(path: Path, wanted: set[str]) -> Predictions | None:

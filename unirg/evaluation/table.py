@@ -8,9 +8,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from unirg.evaluation.arms import OUTPUTS
+
 DRAWN_FILMS = "The films are drawn (phantoms), not real radiographs."
 INTERVALS = "95% intervals: bootstrap over studies."
-OUTPUT_KEYS = ("length", "duplicates", "normal", "truncated")
 TITLES = {
     "positive": "positive findings F1",
     "core": "findings with side F1",
@@ -48,7 +49,11 @@ def render_evaluation(evaluation: Mapping[str, Any]) -> Group:
     parts += [Text(), _looking(evaluation), Text(), _per_finding(evaluation)]
     constant = evaluation["controls"].get("best constant report")
     if constant:
-        parts += [Text(), Text("best constant report: "), Padding(Text(constant["report"], style="dim"), (0, EDGE))]
+        parts += [
+            Text(),
+            Text("best constant report, of the figure in bold (other figures have their own): "),
+            Padding(Text(constant["report"], style="dim"), (0, EDGE)),
+        ]
     return Group(*parts)
 
 
@@ -76,7 +81,7 @@ def title(key: str) -> str:
 
 def against(key: str) -> str:
     """What a figure is taken against, in words."""
-    if key in OUTPUT_KEYS:
+    if key in OUTPUTS:
         return "outputs"
     if key.startswith("truth_"):
         return "against the studies' labels"
