@@ -33,9 +33,9 @@ def evaluate_arms(
 ) -> dict[str, Any]:
     """Every arm on `studies`, with controls and, where `config.baseline` is among the arms, paired comparisons.
 
-    `constants` are the best constant reports (see `best_constants`). Of the configured metrics only the headline is taken
-    on shuffled films. Returns what RUN/evaluation/<split>.json holds. Raises UserError where an arm's ids are not the
-    studies', RewardError where a metric fails.
+    `constants` are the best constant reports (see `best_constants`). Of the configured metrics only the headline is
+    taken on shuffled films. Returns what RUN/evaluation/<split>.json holds. Raises UserError where an arm's ids are
+    not the studies', RewardError where a metric fails.
     """
     engine = ScoringEngine(config.metrics) if config.metrics else None
     headline_engine = _engine_for(config.headline, config.metrics)
