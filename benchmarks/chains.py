@@ -31,20 +31,25 @@ def figure(found: dict[str, Any] | None, ends: tuple[str, str] = ("low", "high")
     return f"{found[centre]:.3f} [{low}, {high}]"
 
 
+def row(name: str, cells: list[str], columns: int) -> str:
+    """A row of a Markdown table; columns that have no such figure get a dash."""
+    return f"| {name} | " + " | ".join(cells + ["–"] * (columns - len(cells))) + " |"
+
+
 def arms_table(evaluation: dict[str, Any]) -> list[str]:
     """One row per figure, one column per arm, then the perfect reporter and the best constant report."""
     columns = {name: arm["metrics"] for name, arm in evaluation["arms"].items()}
     columns |= {name: control["metrics"] for name, control in evaluation["controls"].items()}
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     seconds = [arm.get("cpu_seconds") for arm in evaluation["arms"].values()]
-    lines.append("| training, CPU-s | " + " | ".join("–" if s is None else f"{s:.0f}" for s in seconds) + " |")
+    lines.append(row("training, CPU-s", ["–" if s is None else f"{s:.0f}" for s in seconds], len(columns)))
     for key, name in FIGURES.items():
         if any(key in metrics for metrics in columns.values()):
-            lines.append(f"| {name} | " + " | ".join(figure(metrics.get(key)) for metrics in columns.values()) + " |")
-    shuffled = [arm["shuffled"].get("truth_f1") for arm in evaluation["arms"].values()]
-    lines.append("| label F1, films shuffled | " + " | ".join(figure(found) for found in shuffled) + " |")
-    sampled = [(arm.get("sampled") or {}).get("truth_f1") for arm in evaluation["arms"].values()]
-    lines.append("| label F1, sampled at temperature 1 | " + " | ".join(figure(found) for found in sampled) + " |")
+            lines.append(row(name, [figure(metrics.get(key)) for metrics in columns.values()], len(columns)))
+    shuffled = [figure(arm["shuffled"].get("truth_f1")) for arm in evaluation["arms"].values()]
+    lines.append(row("label F1, films shuffled", shuffled, len(columns)))
+    sampled = [figure((arm.get("sampled") or {}).get("truth_f1")) for arm in evaluation["arms"].values()]
+    lines.append(row("label F1, sampled at temperature 1", sampled, len(columns)))
     return lines
 
 
