@@ -30,7 +30,7 @@ demo-seeds: install ## the same on three seeds, each with its own corpus and war
 	for seed in 0 1 2; do $(BIN)/unirg train recipes/demo.yaml seed=$$seed data.seed=$$seed --output runs/demo-$$seed || exit; done
 	$(BIN)/python benchmarks/chains.py runs/demo-0 runs/demo-1 runs/demo-2
 
-demo-openi: install openi ## the experiment on real Open-i reports (films are drawn), one to two hours
+demo-openi: install openi ## the experiment on real Open-i reports (films are drawn), about an hour
 	UNIRG_OPENI=$(OPENI) $(BIN)/unirg train recipes/demo_openi.yaml
 
 # Open-i's reports (CC BY-NC-ND 4.0) ship inside a package that is downloaded and never installed.

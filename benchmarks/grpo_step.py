@@ -7,7 +7,6 @@ Both sample with transformers from a random tiny Qwen3-VL, so nearly all reports
 side has more tokens to work on. Gradient checkpointing is off on both sides, one thread each.
 """
 
-import argparse
 from typing import Any
 
 import measure
@@ -98,15 +97,5 @@ def compare(studies: int, group: int, tokens: int, image: int, steps: int) -> di
     return measure.compare(title, PHASES, measure.our_steps(work), trl)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small setting")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    arguments = parser.parse_args()
-    measure.one_thread()
-    settings, steps = (QUICK, 9) if arguments.quick else (SETTINGS, 6)
-    measure.show(lambda: [compare(*setting, steps) for setting in settings], arguments.json)
-
-
 if __name__ == "__main__":
-    main()
+    measure.main(__doc__, compare, quick=(QUICK, 9), full=(SETTINGS, 6))

@@ -1,5 +1,6 @@
 """What both benchmarks share: a corpus and policy, a stage of our loop, a clock for TRL's trainers, the table."""
 
+import argparse
 import atexit
 import contextlib
 import copy
@@ -36,6 +37,9 @@ Steps = dict[str, list[float]]  # phase, or "total" -> seconds of each step
 
 # All figures are CPU time of this process on one thread: on a machine that others use too, wall time measures them.
 clock = time.process_time
+
+
+Settings = tuple[list[tuple[int, ...]], int]
 
 
 def one_thread() -> None:
@@ -162,6 +166,17 @@ def compare(title: str, phases: dict[str, tuple[list[str], list[str]]], ours: St
     theirs = medians(trl, {row: names for row, (_, names) in phases.items()})
     seconds = {row: {"unirg": mine[row], "trl": theirs[row]} for row in mine}
     return {"setting": title, "steps": len(ours["total"]), "seconds": seconds}
+
+
+def main(doc: str | None, compare: Callable[..., dict[str, Any]], *, quick: Settings, full: Settings) -> None:
+    """The command line that the step benchmarks share; `quick` and `full` are arguments of `compare`, and steps."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one small setting")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    arguments = parser.parse_args()
+    one_thread()
+    settings, steps = quick if arguments.quick else full
+    show(lambda: [compare(*setting, steps) for setting in settings], arguments.json)
 
 
 def show(run: Callable[[], list[dict[str, Any]]], as_json: bool) -> None:

@@ -7,7 +7,6 @@ This is the figure by which the warm start has a loop of its own. It is the firs
 prompts processed, while TRL's collator runs image processor and tokenizer again. One thread each.
 """
 
-import argparse
 from typing import Any
 
 import measure
@@ -69,15 +68,5 @@ def compare(studies: int, image: int, steps: int) -> dict[str, Any]:
     return measure.compare(title, {}, ours, trl)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small setting")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    arguments = parser.parse_args()
-    measure.one_thread()
-    settings, steps = (QUICK, 5) if arguments.quick else (SETTINGS, 10)
-    measure.show(lambda: [compare(*setting, steps) for setting in settings], arguments.json)
-
-
 if __name__ == "__main__":
-    main()
+    measure.main(__doc__, compare, quick=(QUICK, 5), full=(SETTINGS, 10))

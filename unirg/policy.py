@@ -195,7 +195,7 @@ class Policy:
     def image_inputs(self, prompts: Sequence[EncodedPrompt], rows: Sequence[int]) -> dict[str, Any]:
         """Image keywords for a forward over rows that belong to `prompts[i] for i in rows`.
 
-        Where the model takes features (`mm_encoder_outputs`, transformers 5.20+ on the Qwen family) each image is
+        Where the model takes features (`mm_encoder_outputs`: the Qwen family in newer transformers) each image is
         encoded once and its features are shared by the rows; elsewhere its pixels are repeated.
         """
         if not any(prompts[i].images for i in rows):
