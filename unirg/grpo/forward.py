@@ -1,11 +1,11 @@
-"""The dense forward: log-probs of given answers under the policy, one row per answer, each with its own copy of the
-prompt.
+"""What a forward is, and the dense one: log-probs of given answers under the policy, one row per answer, each with its
+own copy of the prompt.
 
 Images are encoded once per study where the model allows it. Shapes: B answers, P padded prompt, T padded answer, V
 vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,59 @@ class AnswerScores:
     logps_BT: torch.Tensor
     entropies_BT: torch.Tensor
     mask_BT: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A way to compute log-probs of answers: `logps` with the arguments and result of `answer_logps`, and `tokens`, how
+    many positions the language model computes for parts given as (prompt length, answer lengths)."""
+
+    name: str
+    logps: Callable[..., AnswerScores]
+    tokens: Callable[[Sequence[tuple[int, Sequence[int]]]], int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Answers of one group that go into one forward: the group's place in the batch, and which of its answers."""
+
+    group: int
+    answers: tuple[int, ...]
+
+
+def plan_forwards(
+    forward: Forward,
+    prompts: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    *,
+    budget: int | None = None,
+    groups: int | None = None,
+) -> list[list[Part]]:
+    """Splits a batch, given as prompt lengths and the lengths of each prompt's answers, into forwards.
+
+    Groups stay in order; a forward holds at most `groups` of them and, with a budget, at most so many tokens. A group
+    that alone is over the budget is split into even parts, each with the prompt again; one answer is never split.
+    """
+
+    def tokens(parts: Sequence[Part]) -> int:
+        return forward.tokens([(prompts[p.group], [answers[p.group][a] for a in p.answers]) for p in parts])
+
+    plan: list[list[Part]] = []
+    for g, own in enumerate(answers):
+        count = len(own)
+        for pieces in range(1, count + 1):
+            bounds = [count * i // pieces for i in range(pieces + 1)]
+            parts = [Part(g, tuple(range(a, b))) for a, b in zip(bounds, bounds[1:], strict=False)]
+            if budget is None or max(tokens([part]) for part in parts) <= budget:
+                break
+        for part in parts:
+            last = plan[-1] if plan else None
+            fits = last is not None and (groups is None or len(last) < groups)
+            if fits and last is not None and (budget is None or tokens([*last, part]) <= budget):
+                last.append(part)
+            else:
+                plan.append([part])
+    return plan
 
 
 def answer_logps(
@@ -66,3 +119,12 @@ def answer_logps(
     logits_BTV = out.logits[:, -keep:-1]
     logps_BT, entropies_BT = logps_and_entropy(logits_BTV, ids_BT, temperature, policy.banned_ids)
     return AnswerScores(logps_BT * mask_BT, entropies_BT.detach() * mask_BT, mask_BT)
+
+
+def dense_tokens(parts: Sequence[tuple[int, Sequence[int]]]) -> int:
+    """Positions of the padded batch that holds a row for each answer of the parts."""
+    rows = sum(len(lengths) for _, lengths in parts)
+    return rows * (max(prompt for prompt, _ in parts) + max(max(lengths) for _, lengths in parts))
+
+
+DENSE = Forward("dense", answer_logps, dense_tokens)
