@@ -343,7 +343,8 @@ def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
 
 def _qwen_processor(image_processor: Any, tokenizer: Any, family: str = "qwen3_vl") -> Any:
     """Qwen's own processor for text and images, built without a video processor."""
-    parent = transformers.Qwen2_5_VLProcessor if family == "qwen2_5_vl" else transformers.Qwen3VLProcessor
+    older = {"qwen2_vl": transformers.Qwen2VLProcessor, "qwen2_5_vl": transformers.Qwen2_5_VLProcessor}
+    parent = older.get(family, transformers.Qwen3VLProcessor)
 
     class ImageOnlyProcessor(parent):  # type: ignore[misc, valid-type]
         @classmethod
