@@ -1,176 +1,33 @@
-"""The same code drives other families: plain positions and repeated pixels (LLaVA), windowed vision (Qwen2.5-VL)."""
+"""The same code drives many families: plain positions and repeated pixels (LLaVA), windowed vision (Qwen2.5-VL)."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import (
-    AutoTokenizer,
-    CLIPVisionConfig,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3Processor,
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    Idefics3Processor,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
+from tests import families
 from unirg.errors import UserError
 from unirg.grpo.forward import answer_logps
 from unirg.policy import Policy, PolicyConfig, load_policy
 from unirg.prompt import PromptConfig, build_messages
 from unirg.rollout.hf import HFSampler
 from unirg.study import Study
-from unirg.tiny import IMAGE, TURN_END, VIDEO, VISION_END, VISION_START, build_image_processor, build_tokenizer
+from unirg.tiny import IMAGE, TURN_END
 
-TEXTS = ("Small left pleural effusion.", "The lungs are clear.", "indication: cough; write findings")
-
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 56,
-    "patch_size": 14,
-}
-
-
-def text_sizes(tokenizer: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+FAMILIES = (
+    families.llava,
+    families.llava_mistral,
+    families.qwen2_vl,
+    families.qwen2_5_vl,
+    families.qwen3_vl_moe,
+    families.gemma3,
+    families.idefics3,
+    families.smolvlm,
+)
 
 
-def llava(folder: Path) -> None:
-    tokenizer = build_tokenizer(TEXTS, 400)
-    tokenizer.chat_template = tokenizer.chat_template.replace(VISION_START, "").replace(VISION_END, "")
-    tokenizer.image_token = IMAGE
-    config = LlavaConfig(
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=16,
-        vision_config=CLIPVisionConfig(**VISION | {"num_hidden_layers": 3}),
-        text_config=LlamaConfig(**text_sizes(tokenizer), head_dim=32),
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
-    )
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
-        tokenizer=tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token=IMAGE,
-        chat_template=tokenizer.chat_template,
-    ).save_pretrained(folder)
-
-
-def qwen2_5_vl(folder: Path) -> None:
-    tokenizer = build_tokenizer(TEXTS, 400)
-    index: Any = tokenizer.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(
-        text_config=text_sizes(tokenizer)
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}},
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 64,
-            "fullatt_block_indexes": [1],
-        },
-        tie_word_embeddings=True,
-        image_token_id=index(IMAGE),
-        video_token_id=index(VIDEO),
-        vision_start_token_id=index(VISION_START),
-        vision_end_token_id=index(VISION_END),
-    )
-    assert tokenizer.eos_token == TURN_END
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    build_image_processor(64).save_pretrained(folder)
-
-
-def gemma3(folder: Path) -> None:
-    """Sliding window, image tokens that attend both ways, and an end of turn that only the generation config names."""
-    tokenizer = build_tokenizer(TEXTS, 400)
-    tokenizer.chat_template = tokenizer.chat_template.replace(VISION_END, "").replace(IMAGE, "")
-    tokenizer.eos_token = tokenizer.pad_token
-    index: Any = tokenizer.convert_tokens_to_ids
-    tokens = {"boi_token": VISION_START, "eoi_token": VISION_END, "image_token": IMAGE}
-    tokenizer.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=tokens)
-    config = Gemma3Config(
-        text_config=text_sizes(tokenizer)
-        | {"head_dim": 32, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
-        vision_config=VISION,
-        mm_tokens_per_image=4,
-        image_token_index=index(IMAGE),
-        boi_token_index=index(VISION_START),
-        eoi_token_index=index(VISION_END),
-    )
-    model = Gemma3ForConditionalGeneration(config)
-    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)  # else all zero
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, index(TURN_END)]
-    model.save_pretrained(folder)
-    Gemma3Processor(
-        image_processor=Gemma3ImageProcessorPil(size={"height": 56, "width": 56}),
-        tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
-        image_seq_length=4,
-    ).save_pretrained(folder)
-
-
-def idefics3(folder: Path) -> None:
-    """A row of tiles per study, as many as its films have: batches are padded. SmolVLM's family."""
-    tokenizer = build_tokenizer(TEXTS, 400)
-    template = tokenizer.chat_template.replace(VISION_START, "").replace(VISION_END, "").replace(IMAGE, "<image>")
-    names = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": names})
-    config = Idefics3Config(
-        text_config=text_sizes(tokenizer) | {"model_type": "llama"},
-        vision_config=VISION,
-        scale_factor=2,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        tie_word_embeddings=True,
-    )
-    Idefics3ForConditionalGeneration(config).save_pretrained(folder)
-    Idefics3Processor(
-        image_processor=Idefics3ImageProcessorPil(
-            size={"longest_edge": 56}, max_image_size={"longest_edge": 56}, do_image_splitting=False
-        ),
-        tokenizer=tokenizer,
-        image_seq_len=4,
-        chat_template=template,
-    ).save_pretrained(folder)
-
-
-@pytest.fixture(scope="module", params=[llava, qwen2_5_vl, gemma3, idefics3], ids=lambda build: build.__name__)
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda build: build.__name__)
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Policy:
     folder = tmp_path_factory.mktemp(request.param.__name__)
     torch.manual_seed(0)
