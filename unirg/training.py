@@ -137,7 +137,7 @@ def optimise(
         _restore(weights, kept[0])
         optimiser.load_state_dict(kept[1])
         state = kept[2]
-        _say(accelerator, stage.name, f"goes on from step {state['step']}")
+        say(accelerator, stage.name, f"goes on from step {state['step']}")
     if accelerator.is_main_process:
         run_folder.forget_metrics_after(folder, state["step"])
     headline = work.recipe.evaluation.headline
@@ -196,7 +196,7 @@ def _restore(weights: dict[str, torch.nn.Parameter], saved: dict[str, torch.Tens
             parameter.copy_(saved[name])
 
 
-def _say(accelerator: Accelerator, stage: str, text: str) -> None:
+def say(accelerator: Accelerator, stage: str, text: str) -> None:
     if accelerator.is_main_process:
         console.print(f"[bold]{stage}[/bold]  {text}", highlight=False, soft_wrap=True)
 
@@ -215,4 +215,4 @@ def _report_step(
     parts = [f"{name.split('/')[-1]} {metrics[name]:.3f}" for name in SHOWN if name in metrics]
     parts += [f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith("eval/")]
     left = state["seconds"] / step * (stage.steps - step)
-    _say(accelerator, stage.name, f"step {step}/{stage.steps}  {'  '.join(parts)}  [dim]{left:.0f} s left[/dim]")
+    say(accelerator, stage.name, f"step {step}/{stage.steps}  {'  '.join(parts)}  [dim]{left:.0f} s left[/dim]")

@@ -5,6 +5,7 @@ Images are encoded once per study where the model allows it. Shapes: B answers, 
 vocabulary.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,11 +28,13 @@ class AnswerScores:
 @dataclass(frozen=True)
 class Forward:
     """A way to compute log-probs of answers: `logps` with the arguments and result of `answer_logps`, and `tokens`, how
-    many positions the language model computes for parts given as (prompt length, answer lengths)."""
+    many positions the language model computes for parts given as (prompt length, answer lengths). `kernel` is the
+    attention kernel of a packed one."""
 
     name: str
     logps: Callable[..., AnswerScores]
     tokens: Callable[[Sequence[tuple[int, Sequence[int]]]], int]
+    kernel: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ def plan_forwards(
     """Splits a batch, given as prompt lengths and the lengths of each prompt's answers, into forwards.
 
     Groups stay in order; a forward holds at most `groups` of them and, with a budget, at most so many tokens. A group
-    that alone is over the budget is split into even parts, each with the prompt again; one answer is never split.
+    that alone is over the budget is split into even parts, each with the prompt again; one answer is never split. Groups without
+    answers are left out.
     """
 
     def tokens(parts: Sequence[Part]) -> int:
@@ -62,9 +66,10 @@ def plan_forwards(
     plan: list[list[Part]] = []
     for g, own in enumerate(answers):
         count = len(own)
+        parts: list[Part] = []
         for pieces in range(1, count + 1):
             bounds = [count * i // pieces for i in range(pieces + 1)]
-            parts = [Part(g, tuple(range(a, b))) for a, b in zip(bounds, bounds[1:], strict=False)]
+            parts = [Part(g, tuple(range(a, b))) for a, b in itertools.pairwise(bounds)]
             if budget is None or max(tokens([part]) for part in parts) <= budget:
                 break
         for part in parts:

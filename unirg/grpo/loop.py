@@ -20,7 +20,8 @@ import torch
 
 from unirg import run as run_folder
 from unirg.grpo.advantages import AdvantageResult, advantages, most_extreme
-from unirg.grpo.forward import answer_logps
+from unirg.grpo.choose import choose_forward
+from unirg.grpo.forward import Forward, plan_forwards
 from unirg.grpo.loss import Normaliser, grpo_loss, sampler_correction, sampler_metrics
 from unirg.policy import EncodedPrompt, Policy, load_policy
 from unirg.prompt import report_text
@@ -45,8 +46,8 @@ class Group:
     advantages: list[float] = field(default_factory=list)
     trained: list[int] = field(default_factory=list)
     """Indices of the samples that go through the backward."""
-    old_logps_BT: torch.Tensor | None = None
-    reference_logps_BT: torch.Tensor | None = None
+    old_logps: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Per sample, its tokens' log-probs under the policy that sampled; kept where a batch makes several steps."""
 
 
 Shared = tuple[str, dict[str, list[float | None]], list[tuple[int, bool]]]
@@ -86,8 +87,16 @@ def run_grpo(
         batch, iteration = divmod(step, stage.iterations)
         if iteration == 0:
             held["groups"], held["metrics"], held["normaliser"] = collect_rollouts(work, sampler, engine, batch, watch)
+        if "forward" not in held:
+            with watch("self-check"):
+                held["forward"] = choose_forward(
+                    work,
+                    reference,
+                    [group.prompt for group in held["groups"]],
+                    [[sample.ids for sample in group.samples] for group in held["groups"]],
+                )
         metrics = dict(held["metrics"])
-        metrics |= update(work, held["groups"], held["normaliser"], reference, watch)
+        metrics |= update(work, held["groups"], held["normaliser"], held["forward"], reference, watch)
         return metrics | watch.metrics()
 
     optimise(work, work.policy.model, step_metrics, evaluate=evaluate, boundary=stage.iterations)
@@ -218,43 +227,62 @@ def rollout_metrics(stage: GrpoStage, everyones: list[Shared], result: Advantage
     }
 
 
+Micro = list[tuple[Group, list[int]]]
+"""Groups that share a forward, each with the indices of its samples in it."""
+
+
+def micro_batches(work: StageRun, groups: list[Group], forward: Forward) -> list[tuple[Micro, bool]]:
+    """The rank's forwards, and whether each trains: a rank with fewer than the others adds forwards of one masked
+    report, since engines need the same number everywhere."""
+    plan = plan_forwards(
+        forward,
+        [len(group.prompt) for group in groups],
+        [[len(group.samples[i].ids) for i in group.trained] for group in groups],
+        budget=work.stage.tokens_per_forward,
+        groups=work.stage.studies_per_forward,
+    )
+    micros = [[(groups[p.group], [groups[p.group].trained[a] for a in p.answers]) for p in parts] for parts in plan]
+    counts = work.accelerator.gather(torch.tensor([len(micros)], device=work.accelerator.device))
+    shortest = min(range(len(groups[0].samples)), key=lambda i: len(groups[0].samples[i].ids))
+    spare = max(1, int(counts.max())) - len(micros)
+    return [(micro, True) for micro in micros] + [([(groups[0], [shortest])], False)] * spare
+
+
 def update(
-    work: StageRun, groups: list[Group], normaliser: Normaliser, reference: Policy | None, watch: Stopwatch
+    work: StageRun,
+    groups: list[Group],
+    normaliser: Normaliser,
+    forward: Forward,
+    reference: Policy | None,
+    watch: Stopwatch,
 ) -> dict[str, float]:
-    """Forward and backward over the rank's groups, whole groups at a time; metrics are summed over micro-batches and
-    ranks."""
+    """Forward and backward over the rank's groups; metrics are summed over micro-batches and ranks."""
     stage, policy = work.stage, work.policy
     policy.model.train()
     totals: dict[str, torch.Tensor] = {}
     gaps: list[dict[str, torch.Tensor]] = []
-    for micro in work.micro_batches(groups):
-        # A group without a report to learn from still makes its forward (of one masked report), so that ranks stay in
-        # step.
-        rows = [group.trained or [0] for group in micro]
-        answers = [[group.samples[i].ids for i in own] for group, own in zip(micro, rows, strict=True)]
-        prompts = [group.prompt for group in micro]
-        samples = [group.samples[i] for group, own in zip(micro, rows, strict=True) for i in own]
-        temperature = stage.sampling.temperature
+    for micro, active in micro_batches(work, groups, forward):
+        prompts = [group.prompt for group, _ in micro]
+        answers = [[group.samples[i].ids for i in own] for group, own in micro]
+        rows = [(group, i) for group, own in micro for i in own]
         with watch("logps"), work.accelerator.autocast():
-            scores = answer_logps(policy, prompts, answers, temperature=temperature, model=work.model)
-            active_B = torch.tensor([bool(group.trained) for group, own in zip(micro, rows, strict=True) for _ in own])
-            mask_BT = scores.mask_BT.bool() & active_B.to(policy.device)[:, None]
-            reference_logps_BT = _reference_logps(work, reference, prompts, answers)
+            scores = forward.logps(policy, prompts, answers, temperature=stage.sampling.temperature, model=work.model)
+            mask_BT = scores.mask_BT.bool() & active
+            reference_logps_BT = _reference_logps(work, forward, reference, prompts, answers)
         with watch("loss"):
             logps_BT = scores.logps_BT
-            sampled_BT = torch.full_like(logps_BT, float("nan"), requires_grad=False)
-            for row, sample in enumerate(samples):
-                sampled_BT[row, : len(sample.logps)] = torch.tensor(sample.logps)
+            sampled_BT = _padded([torch.tensor(group.samples[i].logps) for group, i in rows], logps_BT)
             old_logps_BT = None
             if stage.iterations > 1:  # the policy of the first iteration is the one that sampled
-                old_logps_BT = micro[0].old_logps_BT if micro[0].old_logps_BT is not None else logps_BT.detach()
-                micro[0].old_logps_BT = old_logps_BT
+                for row, (group, i) in enumerate(rows):
+                    group.old_logps.setdefault(i, logps_BT[row, : len(group.samples[i].ids)].detach())
+                old_logps_BT = _padded([group.old_logps[i] for group, i in rows], logps_BT)
             at_sampling_BT = logps_BT.detach() if old_logps_BT is None else old_logps_BT
             config = stage.loss
             weights = sampler_correction(
                 at_sampling_BT, sampled_BT, mask_BT, config.correction, config.correction_level, config.correction_cap
             )
-            advantages_B = torch.tensor([g.advantages[i] for g, own in zip(micro, rows, strict=True) for i in own])
+            advantages_B = torch.tensor([group.advantages[i] for group, i in rows])
             result = grpo_loss(
                 logps_BT,
                 old_logps_BT,
@@ -283,15 +311,27 @@ def update(
     return metrics
 
 
+def _padded(rows: list[torch.Tensor], like_BT: torch.Tensor) -> torch.Tensor:
+    """Rows of different lengths as one tensor of the shape of `like_BT`, NaN behind each row's end."""
+    padded_BT = torch.full_like(like_BT, float("nan"), requires_grad=False)
+    for padded_T, row in zip(padded_BT, rows, strict=True):
+        padded_T[: len(row)] = row
+    return padded_BT
+
+
 @torch.no_grad()
 def _reference_logps(
-    work: StageRun, reference: Policy | None, prompts: list[EncodedPrompt], answers: list[list[tuple[int, ...]]]
+    work: StageRun,
+    forward: Forward,
+    reference: Policy | None,
+    prompts: list[EncodedPrompt],
+    answers: list[list[tuple[int, ...]]],
 ) -> torch.Tensor | None:
     if not work.stage.loss.kl:
         return None
     policy = work.policy if reference is None else reference
     with policy.model.disable_adapter() if reference is None else nullcontext():
-        scores = answer_logps(policy, prompts, answers, temperature=work.stage.sampling.temperature)
+        scores = forward.logps(policy, prompts, answers, temperature=work.stage.sampling.temperature)
     return scores.logps_BT
 
 

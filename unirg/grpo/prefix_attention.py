@@ -5,8 +5,8 @@ gradient checkpointing keeps for its recomputation; without one the function is 
 
 Three kernels give the same numbers to rounding: `sdpa` runs anywhere, `flex` is FlexAttention (CUDA; on a CPU it has no
 backward), `flash` FlashAttention's variable-length form (CUDA, half precision, no two-way image blocks). Shapes: H
-heads, D width of a head, T tokens of the packed row, P tokens of a prompt, A answers of a study, L tokens of the longest
-of them, K keys.
+heads, D width of a head, T tokens of the packed row, P tokens of a prompt, A answers of a study, L tokens of the
+longest of them, K keys.
 """
 
 import functools
@@ -122,9 +122,9 @@ def _sdpa(
 ) -> Tensor:
     """Study by study: the prompt as ordinary causal attention, then its answers, padded to a batch, over the prompt's
     keys and their own."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    shared = query.shape[1] // key.shape[1]  # heads of the query that share a head of keys
+    if shared > 1:
+        key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
     heads, width = query.shape[1], query.shape[3]
     pieces = []
     for i, study in enumerate(layout.studies):
@@ -163,7 +163,9 @@ def _padded(study: PackedStudy, device: torch.device) -> tuple[Tensor, Tensor, i
     """Row indices of the study's answers padded to their longest L, (A * L); which of those are no padding; and L."""
     lengths = [n for n in study.answers if n]
     longest = max(lengths)
-    index, kept, first = [], [], study.start + study.prompt
+    index: list[int] = []
+    kept: list[int] = []
+    first = study.start + study.prompt
     for a, n in enumerate(lengths):
         index += [first + min(j, n - 1) for j in range(longest)]
         kept += range(a * longest, a * longest + n)
@@ -278,7 +280,9 @@ def _flex_attention(compiled: bool) -> Any:
 def _block_mask(layout: PackedLayout, window: int | None) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    study, answer, order = [], [], []
+    study: list[int] = []
+    answer: list[int] = []
+    order: list[int] = []
     for i, packed in enumerate(layout.studies):
         for a, n in enumerate((packed.prompt, *packed.answers)):  # 0 is the prompt, the answers count from 1
             study += [i] * n

@@ -1,11 +1,11 @@
 """One study, one forward: the log-probs of a group's answers with its image encoded and its prompt read once.
 
 A packed row holds, study after study, `[prompt | answer 1 | answer 2 | ...]`. An answer's tokens attend to the prompt
-and to themselves, and their positions go on where the prompt's end, so that each answer is computed as if it stood alone
-behind the prompt: log-probs and gradients equal the dense path's (`unirg.grpo.forward.answer_logps`) to rounding. An
-answer's first token is predicted at the prompt's last one, its last token predicts nothing and is not fed. Only
-positions that predict reach the head of the model. Of G answers of R tokens to a prompt of P, the language model sees
-P + G(R - 1) tokens instead of G(P + R).
+and to themselves, and their positions go on where the prompt's end, so that each answer is computed as if it stood
+alone behind the prompt: log-probs and gradients equal those of the dense path (`unirg.grpo.forward.answer_logps`) to
+rounding. An answer's first token is predicted at the prompt's last one, its last token predicts nothing and is not fed.
+Only positions that predict reach the head of the model. Of G answers of R tokens to a prompt of P, the language model
+sees P + G(R - 1) tokens instead of G(P + R).
 
 Shapes: T tokens of the packed row, N predicted tokens of all answers, B answers, R tokens of the longest answer.
 """
@@ -60,7 +60,7 @@ def prepare(policy: Policy) -> str | None:
 
 def shared_prefix(kernel: Kernel) -> Forward:
     """The packed forward with its measure of size: what `answer_logps` is to the dense path."""
-    return Forward(f"shared prefix ({kernel})", partial(packed_logps, kernel=kernel), packed_tokens)
+    return Forward(f"shared prefix ({kernel})", partial(packed_logps, kernel=kernel), packed_tokens, kernel)
 
 
 def packed_tokens(parts: Sequence[tuple[int, Sequence[int]]]) -> int:
