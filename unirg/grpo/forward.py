@@ -56,8 +56,8 @@ def plan_forwards(
     """Splits a batch, given as prompt lengths and the lengths of each prompt's answers, into forwards.
 
     Groups stay in order; a forward holds at most `groups` of them and, with a budget, at most so many tokens. A group
-    that alone is over the budget is split into even parts, each with the prompt again; one answer is never split. Groups without
-    answers are left out.
+    that alone is over the budget is split into even parts, each with the prompt again; one answer is never split.
+    Groups without answers are left out.
     """
 
     def tokens(parts: Sequence[Part]) -> int:
