@@ -21,7 +21,7 @@ from unirg.grpo.prefix_attention import NAME, Kernel, PackedLayout, PackedStudy,
 from unirg.policy import EncodedPrompt, Policy
 
 # Families whose packed forward is tested against the dense one, by the model's type and that of its language model.
-VISION_FAMILIES = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "idefics3", "smolvlm"}
+VISION_FAMILIES = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3", "llava", "idefics3", "smolvlm"}
 TEXT_FAMILIES = {
     "llama",
     "mistral",
@@ -31,6 +31,7 @@ TEXT_FAMILIES = {
     "qwen2_vl_text",
     "qwen2_5_vl_text",
     "qwen3_vl_text",
+    "qwen3_vl_moe_text",
 }
 TWO_WAY_IMAGES = {"gemma3"}
 
