@@ -16,12 +16,13 @@ from unirg.data.command import check_studies
 from unirg.errors import UserError
 from unirg.evaluation.evaluate import COMPLETE, measure
 from unirg.policy import Policy
-from unirg.prompt import build_messages, prompt_images, report_text
+from unirg.prompt import PromptConfig, build_messages, prompt_images, report_text
 from unirg.recipe.schema import GrpoStage, Recipe, StageConfig, VisionStage
 from unirg.scoring.contract import RewardConfig, ScoreBatch, study_columns
 from unirg.scoring.engine import ScoringEngine
 from unirg.study import Study
 from unirg.training import console
+from unirg.vision import trainable_tower
 
 SHOWN = 20
 JUDGED = 64
@@ -43,7 +44,11 @@ def check(recipe: Recipe, build_policy: Callable[[Sequence[Study]], Policy]) -> 
     for config in unique([stage.data or recipe.data for stage in recipe.stages]):
         studies = load_studies(config, "train")
         users = [stage for stage in recipe.stages if (stage.data or recipe.data) == config]
-        check_split(studies, "train", [stage for stage in users if isinstance(stage, VisionStage)])
+        vision = [stage for stage in users if isinstance(stage, VisionStage)]
+        if vision:  # the policy first: a text-only one may well have studies without films
+            policy = policy or build_policy(studies)
+            check_vision(policy, vision[0])
+        check_split(studies, "train", vision)
         for stage in users:
             if isinstance(stage, GrpoStage):
                 check_rewards(stage.rewards, studies)
@@ -66,7 +71,7 @@ def check_split(studies: Sequence[Study], split: str, vision: Sequence[StageConf
     lines = [f"study {problem.study}: {problem.what}" for problem in check_studies(studies)]
     for stage in vision:
         needs = f"no image, and stage {stage.name} trains the vision tower"
-        lines += [f"study {study.id}: {needs}" for study in studies if not prompt_images(study)]
+        lines += [f"study {study.id}: {needs}" for study in studies if not prompt_images(study, PromptConfig())]
         if not any(study.labels for study in studies):
             lines.append(f"stage {stage.name}: a vision stage learns from labels, and no training study has any")
     if lines:
@@ -74,25 +79,35 @@ def check_split(studies: Sequence[Study], split: str, vision: Sequence[StageConf
         raise UserError("\n".join(lines[:SHOWN] + more))
 
 
+def check_vision(policy: Policy, stage: StageConfig) -> None:
+    """The policy has a tower that a vision stage can train, and its prompts have images to train it on."""
+    try:
+        trainable_tower(policy)
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: {error}") from error
+    if not policy.prompt.images:
+        raise UserError(f"stage {stage.name}: a vision stage learns from images, and prompt.images is false")
+
+
 def check_prompts(policy: Policy, studies: Sequence[Study]) -> None:
     """No prompt's text holds one of the model's special tokens (the processor would take it for an image, or for the
     end of a turn), and the prompts with the most text and those with the most pixels fit `policy.max_prompt_tokens`."""
     texts = {id(study): build_messages(study, policy.prompt)[0]["content"][-1]["text"] for study in studies}
     for study in studies:
-        for token in policy.processor.tokenizer.all_special_tokens:
+        for token in policy.tokenizer.all_special_tokens:
             if token in texts[id(study)]:
                 raise UserError(f"study {study.id}: its context holds '{token}', a special token of the model")
     # In bytes of UTF-8: scripts that take more tokens a letter take more bytes too.
     by_text = sorted(studies, key=lambda study: len(texts[id(study)].encode()), reverse=True)[:PROMPTS]
-    by_film = sorted(studies, key=pixels, reverse=True)[:PROMPTS]
+    by_film = sorted(studies, key=lambda study: pixels(study, policy.prompt), reverse=True)[:PROMPTS]
     for study in {id(study): study for study in (*by_text, *by_film)}.values():
         policy.encode(study)
 
 
-def pixels(study: Study) -> int:
-    """Pixels of the study's image files, from their headers; drawn films are all of one size and count 1."""
+def pixels(study: Study, prompt: PromptConfig) -> int:
+    """Pixels of the prompt's image files, from their headers; drawn films are all of one size and count 1."""
     total = 0
-    for image in prompt_images(study):
+    for image in prompt_images(study, prompt):
         if isinstance(image.source, Path):
             with Image.open(image.source) as opened:
                 total += opened.width * opened.height

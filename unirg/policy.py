@@ -1,5 +1,5 @@
-"""The policy: a vision-language model with its processor, loaded from a folder or hub id, or built tiny; LoRA;
-freezing.
+"""The policy: a vision-language model with its processor, or a text-only one with its tokenizer, loaded from a folder
+or hub id, or built tiny; LoRA; freezing.
 
 Everything that depends on a model's architecture stands here: how a study becomes token ids and pixels, where positions
 go, which ids must never be sampled. Shapes: P prompt tokens, B rows, T tokens.
@@ -17,10 +17,19 @@ from typing import Any, Literal
 import torch
 import transformers
 from pydantic import Field, model_validator
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
 
 from unirg.errors import UserError
+from unirg.processor import (
+    chat_text,
+    load_processor,
+    qwen_processor,
+    reads_images,
+    stop_ids,
+    tokenizer_of,
+    turn_end,
+)
 from unirg.prompt import PromptConfig, build_messages, prompt_images
 from unirg.section import Section
 from unirg.study import Study
@@ -46,13 +55,14 @@ class PolicyConfig(Section):
     """The policy: `model` names a Hugging Face folder or hub id, `tiny` builds a small one here."""
 
     model: str | None = None
-    """A folder, or a hub id, of a Hugging Face image-text-to-text model."""
+    """A folder, or a hub id, of a Hugging Face image-text-to-text model; or of a text-only causal language model, which
+    reads studies without images, or with `prompt.images: false`."""
     tiny: TinyConfig | None = None
     """Builds a tiny Qwen3-VL with a tokenizer trained on the training reports."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the weights."""
     freeze_vision: bool = False
-    """Leave the vision tower as it is in the sft and grpo stages."""
+    """Leave the vision tower as it is in the sft and grpo stages; an error where there is none."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward; weights and optimiser stay float32 under bfloat16 (autocast) unless LoRA is on."""
     attention: str = "sdpa"
@@ -97,7 +107,8 @@ class EncodedPrompt:
 
 @dataclass
 class Policy:
-    """A model with its processor and what sampling and training must know of them.
+    """A model with its processor (a text-only model's is its tokenizer) and what sampling and training must know of
+    them.
 
     `eos_id` ends a turn in the model's chat template: reports are taught with it. `stop_ids` are all ids that end a
     sampled report, `eos_id` among them. `banned_ids` are image and video placeholders: a sampled one makes the next
@@ -125,6 +136,16 @@ class Policy:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return tokenizer_of(self.processor)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the model takes images beside text."""
+        return reads_images(self.processor)
+
+    @property
     def forward_takes(self) -> Mapping[str, inspect.Parameter]:
         """The keywords of the model's forward, as its class declares them (instances may be wrapped by autocast)."""
         return inspect.signature(type(self.base).forward).parameters
@@ -132,7 +153,8 @@ class Policy:
     def encode(self, study: Study) -> EncodedPrompt:
         """The study's prompt, processed once and kept (up to 2 GiB of prompts, the oldest go first).
 
-        Raises UserError naming the study for a film that cannot be read and for a prompt that is too long.
+        Raises UserError naming the study for a film that cannot be read, for one before a text-only policy, and for a
+        prompt that is too long.
         """
         kept = self._cache.get(id(study))
         if kept is not None:
@@ -146,18 +168,28 @@ class Policy:
         return prompt
 
     def _encode(self, study: Study) -> EncodedPrompt:
+        sources = prompt_images(study, self.prompt)
+        if sources and not self.reads_images:
+            raise UserError(
+                f"study {study.id}: its prompt has {len(sources)} image{'s' * (len(sources) > 1)}, and "
+                f"{type(self.base).__name__} reads text only; set prompt.images=false to leave images out, or name an "
+                "image-text-to-text model in policy.model"
+            )
         try:
-            images = [image.load() for image in prompt_images(study)]
+            images = [image.load() for image in sources]
         except OSError as error:
             raise UserError(f"study {study.id}: {error}") from error
-        text = self.processor.apply_chat_template(
-            build_messages(study, self.prompt), tokenize=False, add_generation_prompt=True
-        )
-        bos = self.processor.tokenizer.bos_token  # in the template already, or put there by the tokenizer: not twice
-        special = not (bos and text.startswith(bos))
+        text = chat_text(self.processor, build_messages(study, self.prompt), add_generation_prompt=True)
+        bos = self.tokenizer.bos_token  # in the template already, or put there by the tokenizer: not twice
+        special = self.reads_images and not (bos and text.startswith(bos))  # templates of text models are complete
         try:
             encoded = dict(
-                self.processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=special)
+                self.processor(
+                    text=[text],
+                    return_tensors="pt",
+                    add_special_tokens=special,
+                    **({"images": images} if images else {}),
+                )
             )
         except ValueError as error:  # such as an image placeholder within the study's text
             raise UserError(f"study {study.id}: the processor does not take its prompt ({error})") from error
@@ -185,12 +217,12 @@ class Policy:
 
     def answer_ids(self, text: str) -> list[int]:
         """The tokens of a report and the end-of-turn token after it. A special token's name in the text stays text."""
-        tokens = self.processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return [*tokens["input_ids"], self.eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled tokens, without special tokens."""
-        return self.processor.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def image_inputs(self, prompts: Sequence[EncodedPrompt], rows: Sequence[int]) -> dict[str, Any]:
         """Image keywords for a forward over rows that belong to `prompts[i] for i in rows`.
@@ -228,7 +260,7 @@ class Policy:
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(folder, safe_serialization=True)
         self.processor.save_pretrained(folder)
-        if not is_torchvision_available() and "Qwen" in type(self.processor).__name__:
+        if self.reads_images and not is_torchvision_available() and "Qwen" in type(self.processor).__name__:
             # The video half needs torchvision and was never built; engines that serve the folder look for its settings.
             image = self.processor.image_processor
             settings = {"video_processor_type": "Qwen3VLVideoProcessor"}
@@ -262,12 +294,13 @@ def load_policy(
     if source is None:
         assert config.tiny is not None
         tokenizer = build_tokenizer(texts, config.tiny.vocabulary)
-        processor = _qwen_processor(build_image_processor(config.tiny.image_size), tokenizer)
+        processor = qwen_processor(build_image_processor(config.tiny.image_size), tokenizer)
         model: Any = build_model(config.tiny, tokenizer, seed)
     else:
         try:
             processor = load_processor(str(source), trust_remote_code=config.trust_remote_code)
-            model = AutoModelForImageTextToText.from_pretrained(
+            loader = AutoModelForImageTextToText if reads_images(processor) else AutoModelForCausalLM
+            model = loader.from_pretrained(
                 source,
                 dtype=torch.bfloat16 if config.lora and config.dtype == "bfloat16" else torch.float32,
                 trust_remote_code=config.trust_remote_code,
@@ -279,7 +312,14 @@ def load_policy(
             ) from error
         if not getattr(processor, "chat_template", None):
             raise UserError(f"policy.model: '{source}' has no chat template; an instruction-tuned model is needed")
+    name = type(model).__name__
+    if not reads_images(processor) and "position_ids" not in inspect.signature(type(model).forward).parameters:
+        raise UserError(
+            f"policy.model: {name} takes no position_ids, and batches are padded on the left; not supported"
+        )
     if config.image_size is not None:
+        if not reads_images(processor):
+            raise UserError(f"policy.image_size: {name} reads text only; leave policy.image_size out")
         if not hasattr(processor.image_processor, "merge_size"):  # the families whose `size` is a number of pixels
             raise UserError(
                 f"policy.image_size: {type(processor).__name__} has a fixed image size; leave policy.image_size out"
@@ -291,14 +331,18 @@ def load_policy(
     except (ValueError, ImportError) as error:
         raise UserError(f"policy.attention: '{config.attention}' cannot be used: {error}") from error
     tower = vision_tower(model)
-    if config.freeze_vision and tower is not None:
+    if config.freeze_vision:
+        if tower is None:
+            raise UserError(
+                f"policy.freeze_vision: {name} has no visual, vision_tower or vision_model; leave it out of the recipe"
+            )
         tower.requires_grad_(False)
     if config.lora is not None:
         model = _with_lora(model, config, seed)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = True
-    tokenizer = processor.tokenizer
+    tokenizer = tokenizer_of(processor)
     names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
     banned = sorted({i for name in names if isinstance(i := getattr(model.config, name, None), int)})
     stops = stop_ids(model, tokenizer)
@@ -307,52 +351,6 @@ def load_policy(
     end = turn_end(processor, stops)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
     return Policy(model, processor, prompt, config, end, stops, int(pad), tuple(banned))
-
-
-def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every id that ends generation: the tokenizer's end of sequence first, then those of the generation config
-    (Gemma's end of turn, Qwen's end of text)."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    also = configured if isinstance(configured, list) else [configured]
-    return tuple(dict.fromkeys(int(i) for i in (tokenizer.eos_token_id, *also) if i is not None))
-
-
-def turn_end(processor: Any, stops: Sequence[int]) -> int:
-    """The stop id that the chat template puts after an assistant's turn; the first of `stops` where it puts none."""
-    turns = [{"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant")]
-    text = processor.apply_chat_template(turns, tokenize=False)
-    after = processor.tokenizer(text.rpartition("x")[2], add_special_tokens=False)["input_ids"]
-    return next((i for i in after if i in stops), stops[0])
-
-
-def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
-    """The model's processor; Qwen's without its video half where torchvision, which that half needs, is not
-    installed."""
-    if is_torchvision_available():
-        return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-    try:
-        return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (ImportError, ValueError, TypeError):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if not type(image_processor).__name__.startswith("Qwen"):
-            raise
-        family = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).model_type
-        return _qwen_processor(image_processor, tokenizer, family)
-
-
-def _qwen_processor(image_processor: Any, tokenizer: Any, family: str = "qwen3_vl") -> Any:
-    """Qwen's own processor for text and images, built without a video processor."""
-    older = {"qwen2_vl": transformers.Qwen2VLProcessor, "qwen2_5_vl": transformers.Qwen2_5_VLProcessor}
-    parent = older.get(family, transformers.Qwen3VLProcessor)
-
-    class ImageOnlyProcessor(parent):  # type: ignore[misc, valid-type]
-        @classmethod
-        def get_attributes(cls) -> list[str]:
-            return ["image_processor", "tokenizer"]
-
-    ImageOnlyProcessor.__name__ = parent.__name__  # the name that save_pretrained writes
-    return ImageOnlyProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
 
 def vision_tower(model: Any) -> Any | None:

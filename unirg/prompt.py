@@ -18,6 +18,9 @@ class PromptConfig(Section):
 
     style: Literal["unirg", "short"] = "unirg"
     """"unirg": the published UniRG prompt; "short": the same content in few tokens, for tiny policies."""
+    images: bool = True
+    """Put the images before the policy. Without them a text-only model can be the policy, and any other shows what the
+    text alone gives away."""
     institution: bool = False
     """Name the study's institution, so that the policy need not guess whose style is wanted ("unknown" where the study
     has none)."""
@@ -41,14 +44,16 @@ def report_text(study: Study) -> str:
     return " ".join(f"{name}: {' '.join(text.split())}" for name, text in sections.items() if text and text.strip())
 
 
-def prompt_images(study: Study) -> tuple[StudyImage, ...]:
+def prompt_images(study: Study, config: PromptConfig) -> tuple[StudyImage, ...]:
     """The images in the order of the prompt's image parts: the study's own, then the prior study's."""
+    if not config.images:
+        return ()
     return study.images + (study.prior.images if study.prior else ())
 
 
 def build_messages(study: Study, config: PromptConfig) -> list[dict[str, Any]]:
     """One user turn in the chat form of the transformers library: the images (as placeholders), then the text."""
-    parts: list[dict[str, Any]] = [{"type": "image"} for _ in prompt_images(study)]
+    parts: list[dict[str, Any]] = [{"type": "image"} for _ in prompt_images(study, config)]
     text = _unirg(study, config) if config.style == "unirg" else _short(study, config)
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
@@ -71,7 +76,7 @@ def _context(study: Study, config: PromptConfig) -> list[tuple[str, str]]:
         ("technique", study.technique),
     ]
     if study.prior:
-        if study.images and study.prior.images:
+        if config.images and study.images and study.prior.images:
             count = len(study.prior.images)
             entries.append(("prior images", "the last one" if count == 1 else f"the last {count}"))
         entries.append(("prior report", report_text(study.prior)))
@@ -81,10 +86,11 @@ def _context(study: Study, config: PromptConfig) -> list[tuple[str, str]]:
 def _unirg(study: Study, config: PromptConfig) -> str:
     """The published wording of UniRG (arXiv 2601.17151), its context in named lines."""
     context = " ".join(f"{name.capitalize()}: {text}" for name, text in _context(study, config)) or "None."
+    given = "the image and the context" if prompt_images(study, config) else "the context"
     layout = " ".join(f"{name.capitalize()}: [write the {name}]" for name in _wanted(study))
     return (
-        f"This is a radiology report generation task. Here is the context: {context} Given the image and the context, "
-        f"provide the report in the following format: {layout} Now write the report in the format above."
+        f"This is a radiology report generation task. Here is the context: {context} Given {given}, provide the report "
+        f"in the following format: {layout} Now write the report in the format above."
     )
 
 

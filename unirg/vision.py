@@ -4,6 +4,8 @@ Each merged image token votes on every finding; a finding's logit is the log-sum
 that sees it is enough (multiple-instance learning). The head is thrown away afterwards.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -14,17 +16,24 @@ from unirg.study import Study
 from unirg.training import StageRun, optimise
 
 
+def trainable_tower(policy: Policy) -> nn.Module:
+    """The policy's vision tower, which returns merged image tokens as Qwen-VL's do. Raises UserError where it has
+    none."""
+    model = policy.base
+    if not hasattr(getattr(model, "model", None), "visual"):
+        why = "has none" if policy.reads_images else "reads text only"
+        raise UserError(f"a vision stage needs a tower of the Qwen-VL kind, and {type(model).__name__} {why}")
+    return model.model.visual
+
+
 class Probe(nn.Module):
     """The tower with a linear head over `labels`; logits (B, L) of studies with one or more images each."""
 
     def __init__(self, policy: Policy, labels: list[str]) -> None:
         super().__init__()
-        model = policy.base
-        if not hasattr(getattr(model, "model", None), "visual"):
-            raise UserError(f"a vision stage needs a tower of the Qwen-VL kind; {type(model).__name__} has none")
         self.labels = labels
-        self.tower = model.model.visual
-        width = model.config.vision_config.out_hidden_size
+        self.tower: Any = trainable_tower(policy)
+        width = policy.base.config.vision_config.out_hidden_size
         self.head = nn.Linear(width, len(labels))
         nn.init.normal_(self.head.weight, std=width**-0.5)
         nn.init.constant_(self.head.bias, -3.0)  # findings are rare; log-sum-exp over tokens adds to it

@@ -10,7 +10,8 @@ from tokenizers.processors import TemplateProcessing
 
 from unirg.errors import UserError
 from unirg.grpo.forward import answer_logps
-from unirg.policy import LoraConfig, Policy, PolicyConfig, load_policy, stop_ids, vision_tower
+from unirg.policy import LoraConfig, Policy, PolicyConfig, load_policy, vision_tower
+from unirg.processor import stop_ids
 from unirg.prompt import PromptConfig
 from unirg.rollout.hf import HFSampler
 from unirg.study import Study, StudyImage
@@ -121,10 +122,8 @@ def test_what_is_no_policy_is_said_in_a_line(tmp_path: Path) -> None:
     tiny = load_policy(PolicyConfig(tiny=TINY), PROMPT, texts=REPORTS)
     with pytest.raises(UserError, match=r"policy\.attention: 'fast' cannot be used"):
         load_policy(PolicyConfig(tiny=TINY, attention="fast"), PROMPT, texts=REPORTS)
-    tiny.processor.tokenizer.save_pretrained(tmp_path / "text")
-    transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-    ).save_pretrained(tmp_path / "text")
+    tiny.tokenizer.save_pretrained(tmp_path / "text")
+    transformers.T5Config(vocab_size=400).save_pretrained(tmp_path / "text")
     with pytest.raises(UserError, match=r"policy\.model: '.*text' cannot be loaded"):
         load_policy(PolicyConfig(model=str(tmp_path / "text")), PROMPT)
     tiny.save(tmp_path / "base")
@@ -134,13 +133,13 @@ def test_what_is_no_policy_is_said_in_a_line(tmp_path: Path) -> None:
 
 
 def test_every_stop_id_ends_a_report(tiny_policy: Policy, studies: list[Study]) -> None:
-    other = tiny_policy.processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    other = tiny_policy.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     tiny_policy.model.generation_config.eos_token_id = [tiny_policy.eos_id, other]
-    assert stop_ids(tiny_policy.model, tiny_policy.processor.tokenizer) == (tiny_policy.eos_id, other)
+    assert stop_ids(tiny_policy.model, tiny_policy.tokenizer) == (tiny_policy.eos_id, other)
     tiny_policy.stop_ids = (tiny_policy.eos_id, other)
     with torch.no_grad():  # the other one alone is ever sampled
         tiny_policy.model.lm_head.weight.zero_()
-        tiny_policy.model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tiny_policy.processor.tokenizer)))
+        tiny_policy.model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tiny_policy.tokenizer)))
         tiny_policy.model.lm_head.bias[other] = 50.0
     sample = HFSampler(tiny_policy).sample([tiny_policy.encode(studies[0])], [[0]], temperature=1.0, max_new_tokens=5)
     assert sample[0][0].ids == (other,) and not sample[0][0].truncated
@@ -148,7 +147,7 @@ def test_every_stop_id_ends_a_report(tiny_policy: Policy, studies: list[Study]) 
 
 @pytest.mark.parametrize("in_template", [True, False])
 def test_a_prompt_begins_once(tiny_policy: Policy, studies: list[Study], in_template: bool) -> None:
-    tokenizer = tiny_policy.processor.tokenizer
+    tokenizer = tiny_policy.tokenizer
     tokenizer.bos_token = "<|endoftext|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]

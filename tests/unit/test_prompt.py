@@ -63,7 +63,7 @@ def test_prior_study_gives_its_images_last_and_its_report() -> None:
     study = Study("s", (first,), prior=Study("p", (second,), findings="Old scar."))
     content = build_messages(study, PromptConfig())[0]["content"]
     assert [part["type"] for part in content] == ["image", "image", "text"]
-    assert prompt_images(study) == (first, second)
+    assert prompt_images(study, PromptConfig()) == (first, second)
     assert "Prior report: Findings: Old scar." in content[-1]["text"]
 
 
