@@ -4,6 +4,7 @@ Shapes: B prompts, P padded prompt length, N rows still decoding, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class HFSampler:
         logits_BV, cache, mask_BP = self._prefill(prompts)
         # One row per sample: the prompt's keys and values are repeated, its forward is not.
         owner_N = torch.tensor([b for b, group in enumerate(seeds) for _ in group], device=device)
-        cache.batch_select_indices(owner_N)
+        _keep_rows(cache, owner_N)
         logits_NV, mask_NT = logits_BV[owner_N], mask_BP[owner_N]
         next_N = torch.tensor([prompts[b].next_position for b in owner_N.tolist()], device=device)
         # Uniforms are drawn per request, so that a sample does not depend on who shares its batch.
@@ -88,7 +89,7 @@ class HFSampler:
                 break
             if (~alive_N).mean() >= DROP_SHARE:
                 keep_N = torch.from_numpy(np.flatnonzero(alive_N)).to(device)
-                cache.batch_select_indices(keep_N)
+                _keep_rows(cache, keep_N)
                 token_N, mask_NT, next_N = token_N[keep_N], mask_NT[keep_N], next_N[keep_N]
                 row_N, alive_N = row_N[alive_N], alive_N[alive_N]
             mask_NT = torch.cat([mask_NT, mask_NT.new_ones(len(mask_NT), 1)], dim=1)
@@ -144,6 +145,12 @@ class HFSampler:
         return token_N, logps_NV.gather(1, token_N[:, None])[:, 0]
 
 
+def _keep_rows(cache: Any, rows_N: torch.Tensor) -> None:
+    """Makes the cache hold these of its rows, in this order. Unlike `batch_select_indices` this moves the running
+    states of linear attention and convolution layers too."""
+    cache.reorder_cache(rows_N)
+
+
 def left_padded(policy: Policy, prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
     """Prompts as one batch, padded on the left: input_ids and attention_mask (B, P), position_ids (3, B, P) or (B,
     P), token_type_ids (B, P) where the model takes them."""
@@ -162,7 +169,8 @@ def left_padded(policy: Policy, prompts: Sequence[EncodedPrompt]) -> dict[str, t
         "attention_mask": mask_BP,
         "position_ids": positions_3BP if mrope else positions_3BP[0],
     }
-    if "token_type_ids" in policy.forward_takes:  # Gemma: image tokens attend to each other in both directions
+    # Gemma: image tokens attend to each other both ways. Text models mean other things by types, GPT-2 more embeddings.
+    if policy.reads_images and "token_type_ids" in policy.forward_takes:
         batch["token_type_ids"] = torch.zeros_like(ids_BP)
         for row, prompt in enumerate(prompts):
             if prompt.types_P is not None:
