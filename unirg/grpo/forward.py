@@ -28,13 +28,11 @@ class AnswerScores:
 @dataclass(frozen=True)
 class Forward:
     """A way to compute log-probs of answers: `logps` with the arguments and result of `answer_logps`, and `tokens`, how
-    many positions the language model computes for parts given as (prompt length, answer lengths). `kernel` is the
-    attention kernel of a packed one."""
+    many positions the language model computes for parts given as (prompt length, answer lengths)."""
 
     name: str
     logps: Callable[..., AnswerScores]
     tokens: Callable[[Sequence[tuple[int, Sequence[int]]]], int]
-    kernel: str | None = None
 
 
 @dataclass(frozen=True)

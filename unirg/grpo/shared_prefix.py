@@ -61,7 +61,7 @@ def prepare(policy: Policy) -> str | None:
 
 def shared_prefix(kernel: Kernel) -> Forward:
     """The packed forward with its measure of size: what `answer_logps` is to the dense path."""
-    return Forward(f"shared prefix ({kernel})", partial(packed_logps, kernel=kernel), packed_tokens, kernel)
+    return Forward(f"shared prefix ({kernel})", partial(packed_logps, kernel=kernel), packed_tokens)
 
 
 def packed_tokens(parts: Sequence[tuple[int, Sequence[int]]]) -> int:
