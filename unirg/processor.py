@@ -4,7 +4,6 @@ A vision-language model's processor takes images beside text; a text-only model'
 """
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 import transformers
@@ -15,9 +14,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import is_torchvision_available
 
-TODAY = datetime(2024, 7, 26)
-"""The day that every prompt is written on. Some templates (Llama 3.2's, SmolLM3's) write the date: a run that goes on
-tomorrow would have other prompts. This is the day that Llama's falls back to."""
+TODAY = "26 Jul 2024"
+"""The day that prompts are written on where the template asks for a `date_string`. Llama 3.2's would take the day of
+the run, so that a run that goes on tomorrow would have other prompts; this is the one that Llama 3.1's takes."""
 MARK = "§"
 """A turn's text where only what the template puts after it is of interest: no letter, special tokens have those."""
 
@@ -78,9 +77,8 @@ def chat_text(processor: Any, messages: Sequence[Mapping[str, Any]], *, add_gene
         messages = [
             {**message, "content": "\n".join(part["text"] for part in message["content"])} for message in messages
         ]
-    return processor.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt, strftime_now=TODAY.strftime
-    )
+    dated = {"date_string": TODAY} if "date_string" in processor.chat_template else {}
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **dated)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
