@@ -30,7 +30,6 @@ FAMILIES = (
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda build: build.__name__)
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Policy:
     folder = tmp_path_factory.mktemp(request.param.__name__)
-    torch.manual_seed(0)
     request.param(folder)
     return load_policy(PolicyConfig(model=str(folder)), PromptConfig(style="short"))
 

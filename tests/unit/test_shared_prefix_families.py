@@ -1,13 +1,17 @@
 """Every family whose prompts can be shared: a packed row gives what the dense path gives. The others are refused."""
 
+import inspect
+import itertools
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from torch.nn.attention import varlen
 
 from tests import families
 from tests.parity import Answers, assert_same, assert_same_scores, random_answers
@@ -38,25 +42,19 @@ LENGTHS = ([1, 9, 14], [20, 3], [7], [1, 1, 5])
 
 
 def load(build: families.Builder, folder: Path) -> Policy:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        build(folder)
-    if build not in (*TEXT, families.gemma2):
-        return load_policy(PolicyConfig(model=str(folder)), PromptConfig(style="short"))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    return Policy(
-        model, None, PromptConfig(), PolicyConfig(model=str(folder)), eos_id=1, stop_ids=(1,), pad_id=0, banned_ids=()
-    )
+    build(folder)
+    prompt = PromptConfig(style="short", images=build not in (*TEXT, families.gemma2))
+    attention = "eager" if build is families.gemma2 else "sdpa"  # transformers has no SDPA for Gemma 2
+    return load_policy(PolicyConfig(model=str(folder), attention=attention), prompt)
 
 
 def encode(policy: Policy, studies: list[Study]) -> list[EncodedPrompt]:
-    """Four prompts: with one film, two films, none, one; or of four lengths, where the model sees no films."""
-    if policy.processor is None:
-        generator = torch.Generator().manual_seed(0)
-        drawn = [torch.randint(10, 250, (n,), generator=generator) for n in (14, 30, 9, 3)]
-        return [EncodedPrompt(f"s{i}", ids_P, None, None, {}) for i, ids_P in enumerate(drawn)]
-    text = Study("text", indication="cough", findings="The lungs are clear.")
-    return [policy.encode(study) for study in (studies[0], studies[3], text, studies[1])]
+    """Prompts with one film, two films, none and one, and with text of several lengths."""
+    told = "cough and fever for three days after travel, pneumonia suspected"
+    text = Study("text", indication=told, findings="The lungs are clear.")
+    prompts = [policy.encode(study) for study in (studies[0], studies[3], text, studies[1])]
+    assert min(map(len, prompts)) > families.WINDOW and len(set(map(len, prompts))) > 2
+    return prompts
 
 
 @pytest.fixture(scope="module", params=VISION + TEXT, ids=lambda build: build.__name__)
@@ -144,6 +142,55 @@ def test_the_order_and_company_of_answers_do_not_matter(
     torch.testing.assert_close(together[3:5], alone.flip(0), atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_gives_the_same(policy: Policy, prompts: list[EncodedPrompt], answers: Answers) -> None:
+    """Its forward and its block mask; on a CPU it is not compiled and has no backward."""
+    with torch.no_grad():
+        flex = packed_logps(policy, prompts, answers, kernel="flex")
+        assert_same_scores(flex, answer_logps(policy, prompts, answers))
+
+
+REAL_VARLEN = inspect.signature(varlen.varlen_attn)
+
+
+def varlen_by_hand(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """What `torch.nn.attention.varlen.varlen_attn` computes, sequence by sequence: queries are aligned with the last of
+    their keys, `window_size` is how far a query sees to the left (-1: all the way) and to the right of itself."""
+    given = REAL_VARLEN.bind(*args, **kwargs)
+    given.apply_defaults()
+    call = given.arguments
+    queries, keys = call["cu_seq_q"].tolist(), call["cu_seq_k"].tolist()
+    assert call["cu_seq_q"].dtype == call["cu_seq_k"].dtype == torch.int32
+    assert queries[-1] == len(call["query"]) and keys[-1] == len(call["key"]) == len(call["value"])
+    assert max(np.diff(queries)) == call["max_q"] and max(np.diff(keys)) == call["max_k"]
+    left, right = call["window_size"]
+    out = []
+    for q, k in zip(itertools.pairwise(queries), itertools.pairwise(keys), strict=True):
+        query, key, value = (x[slice(*ends)].transpose(0, 1) for x, ends in zip(given.args[:3], (q, k, k), strict=True))
+        if call["enable_gqa"]:
+            key, value = (x.repeat_interleave(len(query) // len(x), dim=0) for x in (key, value))
+        scores = query @ key.transpose(1, 2) * call["scale"]
+        behind = (
+            torch.arange(scores.shape[1])[:, None] + scores.shape[2] - scores.shape[1] - torch.arange(scores.shape[2])
+        )
+        seen = (behind >= -right) & ((behind <= left) | (left < 0))
+        out.append((scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value).transpose(0, 1))
+    return torch.cat(out)
+
+
+def test_flash_attention_is_asked_for_the_same(
+    policy: Policy, prompts: list[EncodedPrompt], answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sequences, windows and gradients, with a loop in the place of the kernel, which needs CUDA and is not run."""
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_by_hand)
+    flash = partial(packed_logps, kernel="flash")
+    if policy.base.config.model_type == "gemma3":
+        with pytest.raises(ValueError, match="no two-way image blocks"):
+            flash(policy, prompts, answers)
+    else:
+        assert_same(policy, prompts, answers, flash, answer_logps)
+
+
 @pytest.mark.parametrize("build", [families.qwen3_vl, families.gemma3, families.mistral], ids=lambda b: b.__name__)
 def test_preparing_leaves_everything_else_as_it_was(
     build: families.Builder, tmp_path: Path, studies: list[Study]
@@ -154,7 +201,7 @@ def test_preparing_leaves_everything_else_as_it_was(
 
     def sample() -> Any:
         seeds = [[10 * i, 10 * i + 1] for i in range(len(prompts))]
-        return policy.processor and HFSampler(policy).sample(prompts, seeds, temperature=1.0, max_new_tokens=6)
+        return HFSampler(policy).sample(prompts, seeds, temperature=1.0, max_new_tokens=6)
 
     before, sampled = answer_logps(policy, prompts, answers), sample()
     assert prepare(policy) is None
