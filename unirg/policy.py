@@ -333,9 +333,8 @@ def load_policy(
     tower = vision_tower(model)
     if config.freeze_vision:
         if tower is None:
-            raise UserError(
-                f"policy.freeze_vision: {name} has no visual, vision_tower or vision_model; leave it out of the recipe"
-            )
+            said = f"{name} has no visual, vision_tower or vision_model"
+            raise UserError(f"policy.freeze_vision: {said}; leave policy.freeze_vision out")
         tower.requires_grad_(False)
     if config.lora is not None:
         model = _with_lora(model, config, seed)

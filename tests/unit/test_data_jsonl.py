@@ -65,6 +65,21 @@ def test_csv_with_a_column_map_and_label_columns(tmp_path: Path) -> None:
     assert (second.images, second.labels) == ((), {"effusion": -1, "mass": 1})
 
 
+def test_a_column_serves_one_field(tmp_path: Path) -> None:
+    """Findings that are shown are not asked for. The id's column may name the patient too."""
+    settings = config(
+        tmp_path,
+        ",id,findings,impression",  # as pandas writes it, its index first
+        "0,a,Clear.,Normal.",
+        name="train.csv",
+        columns={"indication": "findings", "patient": "id"},
+    )
+    (study,) = load_studies(settings, "train")
+    assert (study.id, study.patient, study.indication) == ("a", "a", "Clear.")
+    assert study.findings is None and study.impression == "Normal."
+    assert load_studies(settings.model_copy(update={"columns": {}}), "train")[0].findings == "Clear."
+
+
 def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
     settings = config(tmp_path, "\ufeff" + json.dumps(ROW), "", json.dumps(ROW | {"id": "s2"}), "")
     assert [study.id for study in load_studies(settings, "train")] == ["s1", "s2"]

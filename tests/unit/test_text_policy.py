@@ -228,17 +228,24 @@ IMPRESSIONS = ("Effusion.", "No acute disease.", "Pneumonia.", "Cardiomegaly.")
 
 def recipe(folder: Path, **row: Any) -> Path:
     """Findings in, impression out: two stages on a folder's text-only model; `row` is added to the second study."""
-    rows = [{"id": f"t{i}", "indication": f, "impression": i_} for i, (f, i_) in enumerate(zip(FINDINGS, IMPRESSIONS))]
+    rows = [{"id": f"t{i}", "findings": f, "impression": i_} for i, (f, i_) in enumerate(zip(FINDINGS, IMPRESSIONS))]
     rows[1] |= row
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     step = {"steps": 2, "studies_per_step": 2, "optimiser": {"learning_rate": 1e-3}}
-    reward = {"name": "bleu", "options": {"variant": "sentence4"}}
+    (folder / "own.py").write_text(
+        "def length(candidates, references):\n    return [float(len(c)) for c in candidates]\n"
+    )
+    bleu = {"name": "bleu", "options": {"variant": "sentence4"}}
     settings = {
         "name": "text",
         "output": str(folder / "run"),
         "threads": 1,
-        "data": {"adapter": "jsonl", "files": {"train": str(data), "dev": str(data)}},
+        "data": {
+            "adapter": "jsonl",
+            "files": {"train": str(data), "dev": str(data)},
+            "columns": {"indication": "findings"},
+        },
         "prompt": {"style": "short"},
         "policy": {"model": str(write(folder / "model", families.qwen2))},
         "stages": [
@@ -250,10 +257,10 @@ def recipe(folder: Path, **row: Any) -> Path:
                 "group_size": 4,
                 "loss": {"kl": 0.1},
                 "sampling": {"max_new_tokens": 12},
-                "rewards": [reward],
+                "rewards": [{"name": f"{folder / 'own.py'}:length"}],
             },
         ],
-        "evaluation": {"splits": ["dev"], "headline": "bleu", "metrics": [reward], "draws": 20},
+        "evaluation": {"splits": ["dev"], "headline": "bleu", "metrics": [bleu], "draws": 20},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -266,6 +273,8 @@ def test_a_run_from_findings_to_impressions(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in records] == [("sft", 1), ("sft", 2), ("grpo", 1), ("grpo", 2)]
     assert "eval/bleu" in records[1]
+    predictions = (run / "predictions" / "dev" / "grpo.jsonl").read_text().splitlines()
+    assert json.loads(predictions[0])["reference"] == "Impression: Effusion."
     # The sampler's log-probs are those of the first forward: the same weights, in float32.
     assert records[2]["sampling/sampling_logp_difference/max"] < 1e-4
     final = transformers.AutoModelForCausalLM.from_pretrained(run / "stages" / "grpo" / "final")

@@ -21,6 +21,8 @@ from unirg.study import Study, StudyImage
 
 TEXTS = ("indication", "comparison", "technique", "findings", "impression", "institution", "modality", "language")
 FIELDS = ("id", "patient", "images", "views", "prior", "labels", "demographics", *TEXTS)
+NOWHERE = "\0"
+"""A column that no file has."""
 _SHOWN = 20
 
 
@@ -35,7 +37,8 @@ class JsonlData(Section):
     """Study field -> column of the file, where they differ, e.g. {id: study_id, images: image_path}. Fields: id (the
     only required one), images (a path or a list; in CSV several separated by "|"), views, indication, comparison,
     technique, findings, impression, patient, institution, modality, language, demographics (object), labels (object),
-    prior (object with the same columns)."""
+    prior (object with the same columns). A column that is named here serves no other field: {indication: findings}
+    shows the findings and asks for the impression."""
     labels: dict[str, str] = {}
     """Finding -> column that holds 1 present, 0 absent, -1 uncertain or nothing (unknown), e.g. {effusion: Pleural
     Effusion}; beside a `labels` object."""
@@ -79,7 +82,7 @@ def read_studies(config: JsonlData, split: str) -> tuple[list[Study], list[str],
     problems: list[str] = []
     lines: dict[str, int] = {}
     keys: dict[str, None] = {}
-    column_of = {field: config.columns.get(field, field) for field in FIELDS}
+    column_of = _columns(config)
     named = False
     for number, row in _rows(path):
         keys |= dict.fromkeys(row) if isinstance(row, dict) else {}
@@ -107,6 +110,13 @@ def read_studies(config: JsonlData, split: str) -> tuple[list[Study], list[str],
             )
     used = {*column_of.values(), *config.labels.values(), *config.extra}
     return studies, problems, [key for key in keys if key not in used]
+
+
+def _columns(config: JsonlData) -> dict[str, str]:
+    """The column of each field: the one that the recipe names, else the one of its own name, unless the recipe gives
+    that to another field: findings that are shown to the policy are not what it is to write."""
+    taken = set(config.columns.values()) - {"id"}
+    return {field: config.columns.get(field, NOWHERE if field in taken else field) for field in FIELDS}
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -139,7 +149,7 @@ def _fail(row: Any) -> dict[str, Any]:
 
 def _study(row: dict[str, Any], config: JsonlData, path: Path) -> Study:
     """One row. Raises ValueError that names the key, what was expected and what is there."""
-    column = {field: config.columns.get(field, field) for field in FIELDS}
+    column = _columns(config)
     name = _name(row, column["id"])
     if name is None:
         raise ValueError(f"no {column['id']!r}; each row needs a unique id (data.columns maps other names)")
