@@ -1,4 +1,5 @@
-"""One and the same trajectory: micro-batches or one, two ranks or one, straight through or killed and resumed."""
+"""One and the same trajectory: prompts shared or not, micro-batches or one, two ranks or one, straight through or killed
+and resumed."""
 
 import json
 import os
@@ -127,6 +128,22 @@ def test_micro_batches(straight: Path, tmp_path: Path) -> None:
     run = start(tmp_path, "run", "stages.sft.studies_per_forward=1", "stages.grpo.studies_per_forward=2")
     run_stages(run)
     # Sums in another order: float32 rounding, amplified by AdamW, whose first steps divide by tiny moments.
+    assert_same(run, straight, 2e-3)
+
+
+def test_prompts_read_once_per_study_or_once_per_report(straight: Path, tmp_path: Path) -> None:
+    run = start(tmp_path, "run", "stages.grpo.shared_prefix=false")
+    run_stages(run)
+    assert_same(run, straight, 2e-3)  # the same rounding as of micro-batches
+    forwards = [json.loads((r / "manifest.json").read_text())["forwards"]["grpo"] for r in (run, straight)]
+    assert "once per report" in forwards[0] and forwards[1].startswith("shared prefix (sdpa): ")
+
+
+@pytest.mark.parametrize("options", [["stages.grpo.shared_prefix=false"], []], ids=["dense", "packed"])
+def test_small_forwards_on_two_ranks(straight: Path, tmp_path: Path, options: list[str]) -> None:
+    """Groups are split, and ranks need different numbers of forwards: reports differ in length."""
+    run = start(tmp_path, "run", "stages.grpo.tokens_per_forward=60", *options)
+    run_stages(run, ranks=2)
     assert_same(run, straight, 2e-3)
 
 
