@@ -1,14 +1,43 @@
-"""What "packed equals dense" means: the same log-probs, entropies and gradients, to float32 rounding."""
+"""What "packed equals dense" means: the same log-probs, entropies and gradients, to float32 rounding; and the policy,
+prompts and answers that it is asked of."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+from tests import families
+from tests.conftest import REPORTS, TINY, invented_studies
 from unirg.grpo.forward import AnswerScores
-from unirg.policy import EncodedPrompt, Policy
+from unirg.grpo.shared_prefix import prepare
+from unirg.policy import EncodedPrompt, Policy, PolicyConfig, load_policy
+from unirg.prompt import PromptConfig
+from unirg.study import Study
 
 Answers = list[list[list[int]]]
 Objective = Callable[[AnswerScores], torch.Tensor]
+LONGEST = 24
+LENGTHS = ([1, 9, LONGEST], [20, 3], [7], [1, 1, 5])  # of one token, of the longest, alone
+
+
+def wide_policy(seed: int = 0, **settings: Any) -> Policy:
+    """The tiny Qwen3-VL, prepared, with matrices drawn wide."""
+    policy = load_policy(PolicyConfig(tiny=TINY, **settings), PromptConfig(style="short"), texts=REPORTS * 20)
+    families.draw(policy.model, seed)
+    assert prepare(policy) is None
+    policy.model.train()
+    return policy
+
+
+def encode(policy: Policy) -> list[EncodedPrompt]:
+    """Prompts with one film, with two, with none, and with a frontal, a lateral and a prior film and a prior report."""
+    studies = invented_studies()
+    text = Study("text", indication="cough", findings="The lungs are clear.")
+    followed = dataclasses.replace(studies[3], id="followed", prior=studies[1])
+    prompts = [policy.encode(study) for study in (studies[0], studies[3], text, followed)]
+    assert [len(prompt.images.get("image_grid_thw", ())) for prompt in prompts] == [1, 2, 0, 3]
+    return prompts
 
 
 def random_answers(policy: Policy, lengths: Sequence[Sequence[int]], seed: int = 0) -> Answers:

@@ -3,7 +3,6 @@
 And the check that says so fails for a wrong position and for every leak of the mask.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,43 +13,30 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import CheckpointError
 
 from tests import families
-from tests.conftest import REPORTS, TINY, invented_studies
-from tests.parity import Answers, assert_same, assert_same_gradients, assert_same_scores, gradients, random_answers
+from tests.conftest import TINY
+from tests.parity import (
+    LENGTHS,
+    LONGEST,
+    Answers,
+    assert_same,
+    assert_same_gradients,
+    assert_same_scores,
+    encode,
+    gradients,
+    random_answers,
+    wide_policy,
+)
 from unirg.grpo import prefix_attention, shared_prefix
 from unirg.grpo.forward import AnswerScores, answer_logps
 from unirg.grpo.loss import LossConfig, Normaliser, grpo_loss
 from unirg.grpo.prefix_attention import PackedLayout, PackedStudy
-from unirg.grpo.shared_prefix import packed_logps, prepare
-from unirg.policy import EncodedPrompt, LoraConfig, Policy, PolicyConfig, load_policy
-from unirg.prompt import PromptConfig
-from unirg.study import Study
-
-LONGEST = 24
-LENGTHS = ([1, 9, LONGEST], [20, 3], [7], [1, 1, 5])
-
-
-def build(seed: int = 0, **settings: Any) -> Policy:
-    """The tiny Qwen3-VL, prepared, with matrices drawn wide."""
-    policy = load_policy(PolicyConfig(tiny=TINY, **settings), PromptConfig(style="short"), texts=REPORTS * 20)
-    families.draw(policy.model, seed)
-    assert prepare(policy) is None
-    policy.model.train()
-    return policy
-
-
-def encode(policy: Policy) -> list[EncodedPrompt]:
-    """Prompts with one film, with two, with none, and with a frontal, a lateral and a prior film and a prior report."""
-    studies = invented_studies()
-    text = Study("text", indication="cough", findings="The lungs are clear.")
-    followed = dataclasses.replace(studies[3], id="followed", prior=studies[1])
-    prompts = [policy.encode(study) for study in (studies[0], studies[3], text, followed)]
-    assert [len(prompt.images.get("image_grid_thw", ())) for prompt in prompts] == [1, 2, 0, 3]
-    return prompts
+from unirg.grpo.shared_prefix import packed_logps
+from unirg.policy import EncodedPrompt, LoraConfig, Policy
 
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    return build()
+    return wide_policy()
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +69,7 @@ def test_random_lengths(policy: Policy, prompts: list[EncodedPrompt], lengths: l
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo", "gspo"])
 def test_the_loss(policy: Policy, prompts: list[EncodedPrompt], answers: Answers, kind: Any, kl: float) -> None:
     """With a reference policy and log-probs of an older one, each path through its own forwards."""
-    other = build(seed=1)
+    other = wide_policy(seed=1)
     count = sum(map(len, answers))
     advantages_B = torch.linspace(-1, 1, count)
     config, normaliser = LossConfig(kind=kind, kl=kl), Normaliser(count, sum(map(sum, LENGTHS)), LONGEST)
@@ -123,7 +109,7 @@ def test_the_loss(policy: Policy, prompts: list[EncodedPrompt], answers: Answers
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["weights", "adapters"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_adapters_frozen_towers_and_checkpointing(lora: LoraConfig | None, freeze: bool, checkpointing: bool) -> None:
-    policy = build(lora=lora, freeze_vision=freeze, gradient_checkpointing=checkpointing)
+    policy = wide_policy(lora=lora, freeze_vision=freeze, gradient_checkpointing=checkpointing)
     trained = [name for name, p in policy.model.named_parameters() if p.requires_grad]
     assert any("visual" in name for name in trained) != freeze
     assert all("lora" in name for name in trained) == (lora is not None)
@@ -135,7 +121,7 @@ def test_checkpointing_recomputes_with_the_layout(
 ) -> None:
     """Every layer attends twice, the second time in the backward; gradients are those without checkpointing. Were the
     layout lost in between, they would not be."""
-    checkpointed = build(gradient_checkpointing=True)
+    checkpointed = wide_policy(gradient_checkpointing=True)
     layouts: list[PackedLayout | None] = []
     lose = False
 
@@ -188,7 +174,7 @@ def test_bfloat16_is_no_less_precise_than_on_the_dense_path(prompts: list[Encode
     paths = {"dense": answer_logps, "packed": packed_logps}
     paths["coarse"] = planted(prefix_attention, "scaled_dot_product_attention", coarse_attention)
     squares = {name: torch.zeros(2) for name in paths}
-    policy = build()
+    policy = wide_policy()
     for seed in range(12):
         families.draw(policy.model, seed)
         answers = random_answers(policy, [[6, 9, 14, 20, 11, 3, 8, 17]] * len(prompts), seed)

@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import varlen
 
 from tests import families
-from tests.parity import Answers, assert_same, assert_same_scores, random_answers
+from tests.parity import LENGTHS, Answers, assert_same, assert_same_scores, random_answers
 from unirg.grpo import shared_prefix
 from unirg.grpo.forward import answer_logps
 from unirg.grpo.prefix_attention import PackedLayout, PackedStudy
@@ -37,8 +37,6 @@ VISION = (
 )
 TEXT = (families.llama, families.mistral, families.qwen2, families.qwen3, families.gemma3_text)
 REFUSED = ((families.paligemma, "paligemma"), (families.qwen3_5, "qwen3_5"), (families.gemma2, "gemma2"))
-
-LENGTHS = ([1, 9, 14], [20, 3], [7], [1, 1, 5])
 
 
 def load(build: families.Builder, folder: Path) -> Policy:
@@ -139,7 +137,7 @@ def test_the_order_and_company_of_answers_do_not_matter(
     with torch.no_grad():
         together = packed_logps(policy, prompts, answers).logps_BT
         alone = packed_logps(policy, prompts[1:2], [answers[1][::-1]]).logps_BT
-    torch.testing.assert_close(together[3:5], alone.flip(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(together[3:5, : alone.shape[1]], alone.flip(0), atol=1e-5, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
