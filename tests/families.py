@@ -119,9 +119,11 @@ def mrope(*section: int, **more: Any) -> dict[str, Any]:
 
 
 def qwen2_vl(folder: Path) -> None:
+    """Its second layer with a sliding window."""
+    window = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
     tokenizer = build_tokenizer(TEXTS, 400)
     config = Qwen2VLConfig(
-        text_config=text_sizes(tokenizer) | mrope(4, 6, 6),
+        text_config=text_sizes(tokenizer) | window | mrope(4, 6, 6),
         vision_config=QWEN_VISION | {"depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
         tie_word_embeddings=True,
         **image_ids(tokenizer),

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn.attention import varlen
 
 from tests import families
 from tests.parity import LENGTHS, Answers, assert_same, assert_same_scores, random_answers
-from unirg.grpo import shared_prefix
+from unirg.grpo import prefix_attention, shared_prefix
 from unirg.grpo.forward import answer_logps
 from unirg.grpo.prefix_attention import PackedLayout, PackedStudy
 from unirg.grpo.shared_prefix import packed_logps, packed_tokens, prepare
@@ -129,6 +130,31 @@ def test_each_film_prompt_and_prediction_is_computed_once(
     parts = [(len(prompt), list(map(len, own))) for prompt, own in zip(prompts, answers, strict=True)]
     films = [prompt.images["pixel_values"].numel() for prompt in prompts if prompt.images]
     assert sorted(sizes) == sorted([sum(films)] * (tower is not None) + [packed_tokens(parts), sum(map(sum, LENGTHS))])
+
+
+def test_a_forgotten_window_or_image_block_is_seen(
+    policy: Policy, prompts: list[EncodedPrompt], answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever a family has one; where it has none, there is nothing to forget."""
+    expected = answer_logps(policy, prompts, answers)
+    right, windows = prefix_attention._sdpa, set()
+
+    def forgetful(layout: PackedLayout, *tensors: Any) -> torch.Tensor:
+        windows.add(tensors[-1])
+        return right(layout, *tensors[:-1], None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix_attention, "_sdpa", forgetful)
+        without_window = packed_logps(policy, prompts, answers)
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_prefix, "_image_blocks", lambda types_T: None)
+        without_blocks = packed_logps(policy, prompts, answers)
+    name = policy.base.config.get_text_config().model_type
+    windowed = name in {"mistral", "qwen2", "qwen2_vl_text", "gemma3_text"}
+    assert (windows - {None} == {families.WINDOW}) == windowed
+    for scores, forgotten in ((without_window, windowed), (without_blocks, policy.base.config.model_type == "gemma3")):
+        with pytest.raises(AssertionError, match="not close") if forgotten else nullcontext():
+            assert_same_scores(scores, expected)
 
 
 def test_the_order_and_company_of_answers_do_not_matter(
