@@ -10,6 +10,7 @@ longest of them, K keys.
 """
 
 import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -210,18 +211,22 @@ def _flash(
         raise ValueError("the flash kernel has no two-way image blocks; use shared_prefix_kernel: sdpa or flex")
     queries_S, keys_S, index_K, longest_query, longest_key = layout.once("flash", lambda: _sequences(layout))
     dtype = value.dtype  # rotary embeddings may have left query and key in float32 under autocast
-    rows = [x.to(dtype)[0].transpose(0, 1) for x in (query, key, value)]
+    query, key, value = (x.to(dtype)[0].transpose(0, 1) for x in (query, key, value))
+    shared = query.shape[1] // key.shape[1]
+    grouped: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    if shared > 1 and not grouped:  # torch 2.11 has no such flag
+        key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
     out = varlen_attn(
-        rows[0].contiguous(),
-        rows[1].index_select(0, index_K),
-        rows[2].index_select(0, index_K),
+        query.contiguous(),
+        key.index_select(0, index_K),
+        value.index_select(0, index_K),
         queries_S,
         keys_S,
         longest_query,
         longest_key,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(out, Tensor)
     return out[None]
