@@ -5,7 +5,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,8 @@ def varlen_by_hand(*args: Any, **kwargs: Any) -> torch.Tensor:
     out = []
     for q, k in zip(itertools.pairwise(queries), itertools.pairwise(keys), strict=True):
         query, key, value = (x[slice(*ends)].transpose(0, 1) for x, ends in zip(given.args[:3], (q, k, k), strict=True))
-        if call["enable_gqa"]:
+        assert call.get("enable_gqa") or len(query) == len(key)
+        if len(query) != len(key):
             key, value = (x.repeat_interleave(len(query) // len(x), dim=0) for x in (key, value))
         scores = query @ key.transpose(1, 2) * call["scale"]
         behind = (
@@ -202,11 +203,13 @@ def varlen_by_hand(*args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.cat(out)
 
 
+@pytest.mark.parametrize("grouped", [True, False], ids=["heads shared", "keys repeated"])
 def test_flash_attention_is_asked_for_the_same(
-    policy: Policy, prompts: list[EncodedPrompt], answers: Answers, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, prompts: list[EncodedPrompt], answers: Answers, monkeypatch: pytest.MonkeyPatch, grouped: bool
 ) -> None:
-    """Its sequences, windows and gradients, with a loop in the place of the kernel, which needs CUDA and is not run."""
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_by_hand)
+    """Its sequences, windows and gradients, with a loop in the place of the kernel, which needs CUDA and is not run;
+    where its signature says that query heads may share keys, and where it does not."""
+    monkeypatch.setattr(varlen, "varlen_attn", wraps(varlen.varlen_attn)(varlen_by_hand) if grouped else varlen_by_hand)
     flash = partial(packed_logps, kernel="flash")
     if policy.base.config.model_type == "gemma3":
         with pytest.raises(ValueError, match="no two-way image blocks"):
