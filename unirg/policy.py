@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from pydantic import Field, model_validator
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
 
@@ -228,13 +229,15 @@ class Policy:
         """Image keywords for a forward over rows that belong to `prompts[i] for i in rows`.
 
         Where the model takes features (`mm_encoder_outputs`: the Qwen family in newer transformers) each image is
-        encoded once and its features are shared by the rows; elsewhere its pixels are repeated.
+        encoded once and its features are shared by the rows; elsewhere, and where the parameters are sharded (the tower
+        cannot then be called apart from the model), its pixels are repeated.
         """
         if not any(prompts[i].images for i in rows):
             return {}
         device = self.device
         names = next(p.images for p in prompts if p.images).keys()
-        shareable = len(rows) > len(prompts) and set(names) == {"pixel_values", "image_grid_thw"}
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        shareable = len(rows) > len(prompts) and not sharded and set(names) == {"pixel_values", "image_grid_thw"}
         if shareable and "mm_encoder_outputs" in self.forward_takes:
             grids = torch.cat([p.images["image_grid_thw"] for p in prompts if p.images]).to(device)
             pixels = torch.cat([p.images["pixel_values"] for p in prompts if p.images]).to(device)

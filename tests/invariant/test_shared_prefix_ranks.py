@@ -17,7 +17,7 @@ from unirg.grpo.forward import AnswerScores, answer_logps
 from unirg.grpo.shared_prefix import packed_logps
 from unirg.policy import Policy
 
-WAYS = ("ddp", "fsdp2", "fsdp2 recomputed")
+WAYS = ("ddp", "fsdp2", "fsdp2 recomputed", "fsdp2 dense")
 SPLIT = 2  # the first rank has the first two studies
 
 
@@ -56,7 +56,8 @@ def one_rank(folder: Path) -> None:
         else:
             shard(policy)
         # Both engines average over ranks.
-        scores = packed_logps(policy, prompts, answers, model=model)
+        forward = answer_logps if "dense" in way else packed_logps
+        scores = forward(policy, prompts, answers, model=model)
         (loss(scores) * ranks).backward()
         whole = {}
         for name, p in policy.model.named_parameters():

@@ -1,5 +1,5 @@
-"""One and the same trajectory: prompts shared or not, micro-batches or one, two ranks or one, straight through or killed
-and resumed."""
+"""One and the same trajectory: prompts shared or not, micro-batches or one, two ranks or one, straight through or
+killed and resumed."""
 
 import json
 import os

@@ -50,6 +50,8 @@ def prepare(policy: Policy) -> str | None:
         return f"shared-prefix forwards are not proven for models of type {name}"
     if getattr(text, "attention_dropout", 0):
         return f"the language model has attention dropout ({text.attention_dropout})"
+    if getattr(text, "use_bidirectional_attention", None):
+        return "the language model is not causal (use_bidirectional_attention)"
     takes = policy.forward_takes
     missing = [name for name in ("position_ids", "logits_to_keep") if name not in takes]
     if missing:
