@@ -67,7 +67,8 @@ class PolicyConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward; weights and optimiser stay float32 under bfloat16 (autocast) unless LoRA is on."""
     attention: str = "sdpa"
-    """Attention implementation: sdpa, eager, flash_attention_2, ... as transformers names them."""
+    """Attention implementation: sdpa, eager, flash_attention_2, ... as transformers names them. Where a grpo stage
+    shares prompts, that of its language model is SDPA, and `shared_prefix_kernel` in packed forwards."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, more time."""
     max_prompt_tokens: int = Field(4096, gt=0)
