@@ -125,6 +125,25 @@ def test_the_markers_code_is_not_the_candidates_to_foresee(reward):
     assert len(markers) == 2
 
 
+@pytest.fixture(scope="module")
+def one_error(tmp_path_factory):
+    with serve(answer(location=1)) as server:
+        yield judge_reward(tmp_path_factory.mktemp("judge"), server)
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs=st.lists(st.tuples(st.text(max_size=60), st.text(max_size=60)), max_size=4))
+def test_any_text_gets_a_number_between_0_and_1_or_none(one_error, pairs):
+    scores = one_error.score([candidate for candidate, _ in pairs], [reference for _, reference in pairs])
+    assert scores == [None if not r.strip() else 0.5 if c.strip() else 0.0 for c, r in pairs]
+
+
+def test_half_a_surrogate_is_sent_as_a_question_mark(reward):
+    with serve(answer()) as server:
+        assert reward(server).score(["left \ud83e lung", "left \ud83f lung"], [REFERENCE] * 2) == [1.0, 1.0]
+        assert "left ? lung" in server.bodies[0]["messages"][1]["content"]
+
+
 # reading
 
 GOOD = answer(location=3)
