@@ -216,6 +216,27 @@ def _scoring_verbs(add: Add) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per study")
     parser.add_argument("--summary", action="store_true", help="then the means with 95%% intervals")
 
+    def audit(arguments: argparse.Namespace) -> int:
+        from unirg.scoring.audit import audit
+
+        return audit(
+            arguments.recipe,
+            arguments.overrides,
+            rewards=arguments.rewards,
+            references=arguments.references,
+            as_json=arguments.json,
+            plot=arguments.plot,
+        )
+
+    summary = "what a policy would learn: rewards on controlled changes of reports; status 1 where a harmful one wins"
+    parser = _verb(add, "audit", summary, audit)
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="audits its GRPO stages' rewards")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as data.train=500")
+    parser.add_argument("--rewards", metavar="NAMES", help="instead of a recipe; such as bleu,entity_f1(level=side)")
+    parser.add_argument("--references", type=Path, metavar="FILE", help="with --rewards: JSONL or CSV of reports")
+    parser.add_argument("--json", action="store_true", help="one JSON object per stage")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture, such as audit.png")
+
     def rewards(arguments: argparse.Namespace) -> int:
         from unirg.scoring.command import list_rewards
 

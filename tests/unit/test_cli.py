@@ -59,6 +59,16 @@ ROOT = Path(unirg.__file__).parents[1]
             "unirg.scoring.command.score",
             [Path("r.jsonl"), Path("c.jsonl"), "bleu", False, True],
         ),
+        (
+            "audit r.yaml --plot a.png data.train=9",
+            "unirg.scoring.audit.audit",
+            [Path("r.yaml"), ["data.train=9"], None, None, False, Path("a.png")],
+        ),
+        (
+            "audit --rewards bleu --references r.jsonl --json",
+            "unirg.scoring.audit.audit",
+            [None, [], "bleu", Path("r.jsonl"), True, None],
+        ),
         ("rewards --json", "unirg.scoring.command.list_rewards", [True]),
     ],
 )
