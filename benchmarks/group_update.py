@@ -77,7 +77,10 @@ Build = Callable[[Rows, Kernel], dict[str, Side]]
 
 
 def build_policy(name: str, device: str) -> Policy:
-    """A random Qwen3-VL without processor: prompts are made here. bf16 on a GPU, else float32."""
+    """A random Qwen3-VL without processor: prompts are made here. bf16 on a GPU, else float32.
+
+    Weights are drawn wide enough that log-probs hang on positions, masks and films, as those of a trained model do.
+    """
     (width, mlp, layers, heads, kv_heads, head, vocabulary), (tower, tower_mlp, depth, tower_heads, deep) = POLICIES[
         name
     ]
@@ -97,6 +100,7 @@ def build_policy(name: str, device: str) -> Policy:
                 "mrope_interleaved": True,
             },
             "tie_word_embeddings": True,
+            "initializer_range": width**-0.5,
         },
         vision_config={
             "depth": depth,
@@ -105,6 +109,7 @@ def build_policy(name: str, device: str) -> Policy:
             "num_heads": tower_heads,
             "out_hidden_size": width,
             "deepstack_visual_indexes": deep,
+            "initializer_range": tower**-0.5,
         },
         tie_word_embeddings=True,
         image_token_id=IMAGE,

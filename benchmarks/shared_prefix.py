@@ -280,6 +280,7 @@ def plot(settings: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg" if path.suffix == ".svg" else "agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # letters stay text, which is smaller
     import matplotlib.pyplot as plt
 
     grid = [s for s in settings if len(set(s["answers"])) > 1]
