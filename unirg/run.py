@@ -71,20 +71,26 @@ def package_versions() -> dict[str, str]:
 
 FREE = ("jobs", "threads", "output", "trackers", "evaluation")
 """What a recipe may say anew of a run that exists: how it is run and judged, not what it learns."""
+FREE_IN_STAGES = ("shared_prefix", "shared_prefix_kernel", "shared_prefix_mismatch", "tokens_per_forward")
+"""The same of a stage: how its forwards are made. The numbers stay the same to rounding."""
 
 
 def open_run(run: Path, recipe: str) -> None:
     """Makes the folder and writes the resolved recipe (YAML), or checks that the folder is of the same recipe.
 
-    Raises UserError naming the keys that differ from the run that the folder already holds (keys in FREE may), or that
-    the folder cannot be written.
+    Raises UserError naming the keys that differ from the run that the folder already holds (keys in FREE and
+    FREE_IN_STAGES may), or that the folder cannot be written.
     """
     import yaml
 
     path = run / "recipe.yaml"
     if path.exists():
         old, new = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(recipe)
-        differing = [key for key in _differences(old, new) if key.split(".")[0] not in FREE]
+        differing = [
+            key
+            for key in _differences(old, new)
+            if key.split(".")[0] not in FREE and key.rpartition(".")[2] not in FREE_IN_STAGES
+        ]
         if differing:
             raise UserError(
                 f"{run}: holds a run of another recipe (differs in {', '.join(differing[:6])}); "

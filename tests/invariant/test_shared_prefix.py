@@ -57,6 +57,7 @@ one_group = st.lists(st.integers(1, LONGEST), min_size=1, max_size=6)
 @example([[1]], 0)
 @example([[1, 1, 1]], 1)
 @example([[LONGEST]], 3)
+@example([[3, 80, 1, 20, 33, 2], [70, 4]], 0)  # so unlike that padding them together would cost more than they do
 @example([[LONGEST] * 4, [LONGEST] * 4], 0)
 @example([[5] * 4, [5] * 4, [5] * 4, [5] * 4], 2)
 @example([[1, LONGEST], [1], [LONGEST, 1]], 3)

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from unirg import run as run_folder
 from unirg.errors import UserError
 from unirg.grpo import choose, prefix_attention, shared_prefix
-from unirg.grpo.choose import choose_forward, fastest_kernel, self_check
-from unirg.grpo.forward import DENSE
+from unirg.grpo.choose import choose_forward, fastest_kernel, self_check, share_prompts
+from unirg.grpo.forward import DENSE, Forward
 from unirg.grpo.prefix_attention import PackedStudy
 from unirg.policy import Policy
 from unirg.recipe.schema import GrpoStage
@@ -27,6 +27,10 @@ RATE = {"learning_rate": 1e-5}
 def work_of(policy: Policy, folder: Path, **options: Any) -> StageRun:
     stage = GrpoStage(kind="grpo", name="rl", steps=1, rewards=[{"name": "rouge_l"}], optimiser=RATE, **options)
     return StageRun(None, stage, folder, Accelerator(cpu=True), policy, [])  # type: ignore[arg-type]
+
+
+def chosen(work: StageRun, prompts: list[Any], answers: list[list[tuple[int, ...]]]) -> Forward:
+    return choose_forward(work, share_prompts(work, None), prompts, answers)
 
 
 @pytest.fixture
@@ -79,11 +83,11 @@ def test_what_is_exact_passes_and_is_told(sampled: Any, tmp_path: Path, capsys: 
     policy, prompts, answers = sampled
     policy.model.train()
     before = torch.get_rng_state()
-    forward = choose_forward(work_of(policy, tmp_path), None, prompts, answers)
+    forward = chosen(work_of(policy, tmp_path), prompts, answers)
     assert forward.name == "shared prefix (sdpa)" and policy.model.training
     assert torch.equal(torch.get_rng_state(), before)
     assert "rl  shared prefix (sdpa): packed and dense log-probs differ by" in capsys.readouterr().out
-    assert "allowed 0.0001" in json.loads((tmp_path / "manifest.json").read_text())["forwards"]["rl"]
+    assert "allowed 0.0001" in json.loads((tmp_path / "manifest.json").read_text())["forwards"]["rl"]["found"]
 
 
 @pytest.mark.parametrize("fault", [positions_off_by_one, answers_see_each_other, prompts_end_too_early])
@@ -93,21 +97,33 @@ def test_a_wrong_forward_stops_the_run_with_the_numbers(
     policy, prompts, answers = sampled
     fault(monkeypatch)
     with pytest.raises(
-        UserError, match=r"stage rl: packed and dense .* float32, allowed 0\.0001\) on study s\d"
+        UserError, match=r"stage rl: packed and dense .* float32, allowed 0\.0001\), on studies s\d, s\d"
     ) as stop:
-        choose_forward(work_of(policy, tmp_path), None, prompts, answers)
+        chosen(work_of(policy, tmp_path), prompts, answers)
     assert "stages.rl.shared_prefix=false" in str(stop.value)
-    fallback = choose_forward(work_of(policy, tmp_path, shared_prefix_mismatch="dense"), None, prompts, answers)
+    fallback = chosen(work_of(policy, tmp_path, shared_prefix_mismatch="dense"), prompts, answers)
     assert fallback is DENSE
+
+
+@pytest.mark.parametrize("fault", [positions_off_by_one, answers_see_each_other, prompts_end_too_early])
+def test_float32_weights_are_checked_in_float32_where_a_run_computes_in_bfloat16(
+    sampled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    policy, prompts, answers = sampled
+    policy.config = policy.config.model_copy(update={"dtype": "bfloat16"})
+    assert chosen(work_of(policy, tmp_path), prompts, answers).name == "shared prefix (sdpa)"
+    fault(monkeypatch)
+    with pytest.raises(UserError, match=r"float32, allowed 0\.0001"):
+        chosen(work_of(policy, tmp_path), prompts, answers)
 
 
 def test_log_probs_that_are_no_numbers_stop_the_run(
     sampled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, prompts, answers = sampled
-    monkeypatch.setattr(choose, "self_check", lambda *_: (float("nan"), "s0"))
-    with pytest.raises(UserError, match="differ by inf"):
-        choose_forward(work_of(policy, tmp_path), None, prompts, answers)
+    monkeypatch.setattr(choose, "self_check", lambda *_: (float("nan"), ["s0"]))
+    with pytest.raises(UserError, match=r"differ by inf.*on studies s0"):
+        chosen(work_of(policy, tmp_path), prompts, answers)
 
 
 def test_the_check_keeps_to_the_budget(sampled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +133,7 @@ def test_the_check_keeps_to_the_budget(sampled: Any, monkeypatch: pytest.MonkeyP
     held: list[int] = []
     policy.base.get_input_embeddings().register_forward_hook(lambda module, ids, out: held.append(out[..., 0].numel()))
     budget = 2 * (len(prompts[0]) + 12)
-    difference, _ = self_check(policy, shared_prefix.shared_prefix("sdpa"), prompts, answers, budget)
+    difference, _ = self_check(policy, shared_prefix.packed_forward("sdpa"), prompts, answers, budget)
     assert 0 < difference < 1e-4
     assert len(held) == 2 and max(held) <= budget
 
@@ -127,7 +143,7 @@ def test_a_model_that_cannot_share_goes_on_and_says_why(
 ) -> None:
     policy, prompts, answers = sampled
     policy.base.config.model_type = "another_vl"
-    assert choose_forward(work_of(policy, tmp_path), None, prompts, answers) is DENSE
+    assert chosen(work_of(policy, tmp_path), prompts, answers) is DENSE
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 1 and "once per report" in lines[0] and "another_vl" in lines[0]
     assert policy.base.config.get_text_config()._attn_implementation == "sdpa"
@@ -135,7 +151,7 @@ def test_a_model_that_cannot_share_goes_on_and_says_why(
 
 def test_sharing_can_be_switched_off(sampled: Any, tmp_path: Path) -> None:
     policy, prompts, answers = sampled
-    assert choose_forward(work_of(policy, tmp_path, shared_prefix=False), None, prompts, answers) is DENSE
+    assert chosen(work_of(policy, tmp_path, shared_prefix=False), prompts, answers) is DENSE
     assert policy.base.config.get_text_config()._attn_implementation == "sdpa"
 
 
@@ -143,7 +159,7 @@ def test_sharing_can_be_switched_off(sampled: Any, tmp_path: Path) -> None:
 def test_a_kernel_that_cannot_run_here_is_refused(sampled: Any, tmp_path: Path, kernel: str) -> None:
     policy, prompts, answers = sampled
     with pytest.raises(UserError, match=rf"stages\.rl\.shared_prefix_kernel: {kernel} needs a CUDA device"):
-        choose_forward(work_of(policy, tmp_path, shared_prefix_kernel=kernel), None, prompts, answers)
+        chosen(work_of(policy, tmp_path, shared_prefix_kernel=kernel), prompts, answers)
 
 
 def test_the_fastest_kernel_is_one_that_runs(tiny_policy: Policy) -> None:
@@ -168,5 +184,5 @@ def test_sampling_and_saving_do_not_notice(sampled: Any, studies: list[Study], t
 def test_versions_of_the_choice_are_in_the_manifest_of_the_run(sampled: Any, tmp_path: Path) -> None:
     policy, prompts, answers = sampled
     run_folder.update_manifest(tmp_path, forwards={"earlier": "dense"})
-    choose_forward(work_of(policy, tmp_path), None, prompts, answers)
+    chosen(work_of(policy, tmp_path), prompts, answers)
     assert set(json.loads((tmp_path / "manifest.json").read_text())["forwards"]) == {"earlier", "rl"}

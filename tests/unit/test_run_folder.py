@@ -37,6 +37,14 @@ def test_a_run_may_be_judged_anew_but_not_learn_something_else(tmp_path: Path):
     assert "steps: 10" in (tmp_path / "recipe.yaml").read_text()
 
 
+def test_a_run_may_make_its_forwards_anew(tmp_path: Path):
+    """What the first step's check advises, and what a run needs that ran out of memory or is of an older version."""
+    open_run(tmp_path, "stages: [{name: rl, steps: 10}]\n")
+    open_run(tmp_path, "stages: [{name: rl, steps: 10, shared_prefix: true, tokens_per_forward: 8192}]\n")
+    open_run(tmp_path, "stages: [{name: rl, steps: 10, shared_prefix: false, tokens_per_forward: 512}]\n")
+    assert "shared_prefix: false" in (tmp_path / "recipe.yaml").read_text()
+
+
 def test_reports_written_under_another_limit_are_not_judged(tmp_path: Path):
     reports = tmp_path / "predictions" / "dev" / "sft.jsonl"
     open_run(tmp_path, "evaluation: {headline: a, max_new_tokens: 8}\n")

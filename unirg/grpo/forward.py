@@ -5,7 +5,6 @@ Images are encoded once per study where the model allows it. Shapes: B answers, 
 vocabulary.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -53,30 +52,29 @@ def plan_forwards(
 ) -> list[list[Part]]:
     """Splits a batch, given as prompt lengths and the lengths of each prompt's answers, into forwards.
 
-    Groups stay in order; a forward holds at most `groups` of them and, with a budget, at most so many tokens. A group
-    that alone is over the budget is split into even parts, each with the prompt again; one answer is never split.
-    Groups without answers are left out.
+    Everything stays in order; a forward holds at most `groups` groups and, with a budget, at most so many tokens. A
+    group that alone is over the budget goes answer by answer, as many to a forward as fit, each forward with the prompt
+    again; one answer is never split. Groups without answers are left out.
     """
 
-    def tokens(parts: Sequence[Part]) -> int:
-        return forward.tokens([(prompts[p.group], [answers[p.group][a] for a in p.answers]) for p in parts])
+    def fits(parts: Sequence[Part]) -> bool:
+        tokens = forward.tokens([(prompts[p.group], [answers[p.group][a] for a in p.answers]) for p in parts])
+        return (budget is None or tokens <= budget) and (groups is None or len(parts) <= groups)
 
     plan: list[list[Part]] = []
     for g, own in enumerate(answers):
-        count = len(own)
-        parts: list[Part] = []
-        for pieces in range(1, count + 1):
-            bounds = [count * i // pieces for i in range(pieces + 1)]
-            parts = [Part(g, tuple(range(a, b))) for a, b in itertools.pairwise(bounds)]
-            if budget is None or max(tokens([part]) for part in parts) <= budget:
-                break
-        for part in parts:
-            last = plan[-1] if plan else None
-            fits = last is not None and (groups is None or len(last) < groups)
-            if fits and last is not None and (budget is None or tokens([*last, part]) <= budget):
-                last.append(part)
+        whole = Part(g, tuple(range(len(own))))
+        pieces = [whole] if fits([whole]) else [Part(g, (a,)) for a in whole.answers]
+        for piece in pieces if own else ():
+            last = plan[-1] if plan else []
+            if last and last[-1].group == g:
+                joined = [*last[:-1], Part(g, last[-1].answers + piece.answers)]
             else:
-                plan.append([part])
+                joined = [*last, piece]
+            if last and fits(joined):
+                plan[-1] = joined
+            else:
+                plan.append([piece])
     return plan
 
 
@@ -127,7 +125,8 @@ def answer_logps(
 def dense_tokens(parts: Sequence[tuple[int, Sequence[int]]]) -> int:
     """Positions of the padded batch that holds a row for each answer of the parts."""
     rows = sum(len(lengths) for _, lengths in parts)
-    return rows * (max(prompt for prompt, _ in parts) + max(max(lengths) for _, lengths in parts))
+    longest = max((length for _, lengths in parts for length in lengths), default=0)
+    return rows * (max(prompt for prompt, _ in parts) + longest)
 
 
 DENSE = Forward("dense", answer_logps, dense_tokens)

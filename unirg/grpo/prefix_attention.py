@@ -11,9 +11,11 @@ longest of them, K keys.
 
 import functools
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "shared_prefix"
 Kernel = Literal["sdpa", "flex", "flash"]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class PackedLayout:
     def tokens(self) -> int:
         return self.studies[-1].end
 
-    def once(self, key: Any, make: Any) -> Any:
+    def once(self, key: Any, make: Callable[[], Made]) -> Made:
         """`make()`, kept under `key`."""
         if key not in self._made:
             self._made[key] = make()
@@ -121,63 +124,75 @@ def register() -> None:
 def _sdpa(
     layout: PackedLayout, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
 ) -> Tensor:
-    """Study by study: the prompt as ordinary causal attention, then its answers, padded to a batch, over the prompt's
-    keys and their own."""
+    """Study by study, see `_one_study`."""
     shared = query.shape[1] // key.shape[1]  # heads of the query that share a head of keys
     if shared > 1:
         key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    studies = [_one_study(layout, i, query, key, value, scaling, window) for i in range(len(layout.studies))]
+    return torch.cat(studies, dim=1).transpose(0, 1)[None]
+
+
+def _one_study(
+    layout: PackedLayout, i: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+) -> Tensor:
+    """(H, tokens of the study, D): the prompt as ordinary causal attention; its answers, in batches of like length,
+    over the prompt's keys and their own."""
+    study = layout.studies[i]
+    prompt = slice(study.start, study.start + study.prompt)
+    mask_PP = layout.once(("prompt", i, window), lambda: _prompt_mask(layout, i, window))
+    out = scaled_dot_product_attention(
+        query[:, :, prompt],
+        key[:, :, prompt],
+        value[:, :, prompt],
+        attn_mask=mask_PP,
+        is_causal=mask_PP is None,
+        scale=scaling,
+    )[0]
+    if not any(study.answers):
+        return out
+    batches, back_N = layout.once(("answers", i), lambda: _batches(study, layout.device))
     heads, width = query.shape[1], query.shape[3]
     pieces = []
-    for i, study in enumerate(layout.studies):
-        prompt = slice(study.start, study.start + study.prompt)
-        mask_PP = layout.once(("prompt", i, window), lambda i=i: _prompt_mask(layout, i, window))
-        pieces.append(
-            scaled_dot_product_attention(
-                query[:, :, prompt],
-                key[:, :, prompt],
-                value[:, :, prompt],
-                attn_mask=mask_PP,
-                is_causal=mask_PP is None,
-                scale=scaling,
-            )[0]
-        )
-        if not any(study.answers):
-            continue
-        index_N, kept_N, longest = layout.once(("answers", i), lambda study=study: _padded(study, layout.device))
-        mask_LK = layout.once(("mask", i, window), lambda i=i, n=longest: _answer_mask(layout, i, n, window))
+    for index_N, kept_N, longest in batches:
 
         def padded(x: Tensor, index_N: Tensor = index_N, longest: int = longest) -> Tensor:  # (A, H, L, D)
             return x[0].index_select(1, index_N).view(heads, -1, longest, width).transpose(0, 1)
 
-        def over_prompt(x: Tensor, prompt: slice = prompt, padded: Any = padded) -> Tensor:  # (A, H, P + L, D)
-            own = padded(x)
-            return torch.cat([x[:, :, prompt].expand(len(own), -1, -1, -1), own], dim=2)
-
-        out = scaled_dot_product_attention(
-            padded(query), over_prompt(key), over_prompt(value), attn_mask=mask_LK, scale=scaling
+        own_key, own_value = padded(key), padded(value)
+        answers = len(own_key)
+        attended = scaled_dot_product_attention(
+            padded(query),
+            torch.cat([key[:, :, prompt].expand(answers, -1, -1, -1), own_key], dim=2),
+            torch.cat([value[:, :, prompt].expand(answers, -1, -1, -1), own_value], dim=2),
+            attn_mask=layout.once(("mask", i, longest, window), partial(_answer_mask, layout, i, longest, window)),
+            scale=scaling,
         )
-        pieces.append(out.transpose(0, 1).reshape(heads, -1, width).index_select(1, kept_N))
-    return torch.cat(pieces, dim=1).transpose(0, 1)[None]
+        pieces.append(attended.transpose(0, 1).reshape(heads, -1, width).index_select(1, kept_N))
+    own = pieces[0] if back_N is None else torch.cat(pieces, dim=1).index_select(1, back_N)
+    return torch.cat([out, own], dim=1)
 
 
-def _padded(study: PackedStudy, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Row indices of the study's answers padded to their longest L, (A * L); which of those are no padding; and L."""
-    lengths = [n for n in study.answers if n]
-    longest = max(lengths)
-    index: list[int] = []
-    kept: list[int] = []
-    first = study.start + study.prompt
-    for a, n in enumerate(lengths):
-        index += [first + min(j, n - 1) for j in range(longest)]
-        kept += range(a * longest, a * longest + n)
-        first += n
-    return torch.tensor(index, device=device), torch.tensor(kept, device=device), longest
-
-
-def _allowed(query_N1: Tensor, key_1K: Tensor, window: int | None) -> Tensor:
-    """Causal, and within the window: by positions along one study and answer."""
-    allowed = query_N1 >= key_1K
-    return allowed if window is None else allowed & (query_N1 - key_1K < window)
+def _batches(study: PackedStudy, device: torch.device) -> tuple[list[tuple[Tensor, Tensor, int]], Tensor | None]:
+    """The study's answers in batches, none more than twice as long as the shortest of its batch: padding to one very
+    long answer would cost more than all of them. Per batch its row indices padded to its longest L, (A * L), which of
+    those are no padding, and L; then what puts the batches' tokens in the row's order, None where they are."""
+    starts = list(itertools.accumulate(study.answers, initial=study.start + study.prompt))
+    by_length = sorted((n, starts[a]) for a, n in enumerate(study.answers) if n)
+    batches: list[list[tuple[int, int]]] = []
+    for n, start in by_length:
+        if batches and n <= 2 * max(16, batches[-1][0][0]):
+            batches[-1].append((n, start))
+        else:
+            batches.append([(n, start)])
+    made, order = [], []
+    for batch in batches:
+        batch.sort(key=lambda answer: answer[1])
+        longest = max(n for n, _ in batch)
+        index = [start + min(j, n - 1) for n, start in batch for j in range(longest)]
+        kept = [a * longest + j for a, (n, _) in enumerate(batch) for j in range(n)]
+        order += [start + j for n, start in batch for j in range(n)]
+        made.append((torch.tensor(index, device=device), torch.tensor(kept, device=device), longest))
+    return made, None if len(made) == 1 else torch.tensor(order, device=device).argsort()
 
 
 def _prompt_mask(layout: PackedLayout, i: int, window: int | None) -> Tensor | None:
@@ -197,7 +212,8 @@ def _answer_mask(layout: PackedLayout, i: int, longest: int, window: int | None)
     """(L, P + L), true where a token of an answer sees a token of the prompt or of its own answer."""
     prompt = layout.studies[i].prompt
     order = torch.arange(prompt + longest, device=layout.device)
-    return _allowed(order[prompt:, None], order, window)
+    allowed = order[prompt:, None] >= order
+    return allowed if window is None else allowed & (order[prompt:, None] - order < window)
 
 
 def _flash(
@@ -294,15 +310,13 @@ def _block_mask(layout: PackedLayout, window: int | None) -> Any:
             answer += [a] * n
             order += range(n) if a == 0 else range(packed.prompt, packed.prompt + n)
     study_T, answer_T, order_T = (torch.tensor(x, device=layout.device) for x in (study, answer, order))
-    blocks_T = layout.blocks_T
+    # Always tensors: a mask that branched on None would be compiled anew for each kind of layer and of row.
+    blocks_T = torch.full_like(study_T, -1) if layout.blocks_T is None else layout.blocks_T
+    reach = torch.tensor(layout.tokens if window is None else window, device=layout.device)
 
     def seen(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         mine = (study_T[q] == study_T[k]) & ((answer_T[k] == 0) | (answer_T[k] == answer_T[q]))
-        allowed = order_T[q] >= order_T[k]
-        if blocks_T is not None:
-            allowed = allowed | ((blocks_T[q] == blocks_T[k]) & (blocks_T[k] >= 0))
-        if window is not None:
-            allowed = allowed & (order_T[q] - order_T[k] < window)
-        return mine & allowed
+        allowed = (order_T[q] >= order_T[k]) | ((blocks_T[q] == blocks_T[k]) & (blocks_T[k] >= 0))
+        return mine & allowed & (order_T[q] - order_T[k] < reach)
 
     return create_block_mask(seen, None, None, layout.tokens, layout.tokens, device=str(layout.device))

@@ -52,6 +52,8 @@ def prepare(policy: Policy) -> str | None:
         return f"the language model has attention dropout ({text.attention_dropout})"
     if getattr(text, "use_bidirectional_attention", None):
         return "the language model is not causal (use_bidirectional_attention)"
+    if getattr(text, "output_router_logits", False):
+        return "its loss on expert routing (output_router_logits) does not know packed rows"
     takes = policy.forward_takes
     missing = [name for name in ("position_ids", "logits_to_keep") if name not in takes]
     if missing:
@@ -61,7 +63,7 @@ def prepare(policy: Policy) -> str | None:
     return None
 
 
-def shared_prefix(kernel: Kernel) -> Forward:
+def packed_forward(kernel: Kernel) -> Forward:
     """The packed forward with its measure of size: what `answer_logps` is to the dense path."""
     return Forward(f"shared prefix ({kernel})", partial(packed_logps, kernel=kernel), packed_tokens)
 

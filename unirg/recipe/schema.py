@@ -119,16 +119,17 @@ class GrpoStage(StageConfig):
     """The reference policy of the KL penalty."""
     shared_prefix: bool = True
     """Read each study's images and prompt once for all of its reports, in one packed forward; false reads them once
-    per report. The same numbers to rounding, in less time and memory. Models that cannot share go on without."""
+    per report. The same numbers to rounding (but for the dropout of adapters, which is drawn anew for each copy), in
+    less time and memory. Models that cannot share go on without."""
     shared_prefix_kernel: Literal["auto", "sdpa", "flex", "flash"] = "auto"
     """Attention of the packed forward: torch's SDPA, FlexAttention or FlashAttention's variable-length form (both CUDA
     only). `auto` times those that can run at the first step and takes the fastest; on a CPU it is sdpa."""
     shared_prefix_mismatch: Literal["stop", "dense"] = "stop"
     """What happens where the first step's check finds packed and dense log-probs apart: the run stops, or goes on
     without sharing."""
-    tokens_per_forward: int = Field(16384, gt=0)
+    tokens_per_forward: int = Field(8192, gt=0)
     """How many tokens one forward may hold; it bounds memory. Several studies share a forward, a group too large for
-    one is split."""
+    one is split; a prompt with one report is never split, and may be over."""
     iterations: int = Field(1, gt=0)
     """Optimiser steps on each batch of samples (mu); 1 is on-policy."""
     mask_truncated: bool = False
