@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.tracking import get_available_trackers
 from PIL import Image
 
@@ -15,6 +16,7 @@ from unirg.data import load_studies
 from unirg.data.command import check_studies
 from unirg.errors import UserError
 from unirg.evaluation.evaluate import COMPLETE, measure
+from unirg.grpo.choose import check_kernel
 from unirg.policy import Policy
 from unirg.prompt import PromptConfig, build_messages, prompt_images, report_text
 from unirg.recipe.schema import GrpoStage, Recipe, StageConfig, VisionStage
@@ -40,6 +42,8 @@ def check(recipe: Recipe, build_policy: Callable[[Sequence[Study]], Policy]) -> 
     check_trackers(recipe)
     for stage in recipe.stages:
         check_shares(stage, int(os.environ.get("WORLD_SIZE", "1")))
+        if isinstance(stage, GrpoStage) and stage.shared_prefix:
+            check_kernel(stage, recipe.policy, torch.cuda.is_available())
     policy: Policy | None = None
     for config in unique([stage.data or recipe.data for stage in recipe.stages]):
         studies = load_studies(config, "train")
@@ -118,12 +122,14 @@ def pixels(study: Study, prompt: PromptConfig) -> int:
 
 def check_rewards(configs: Sequence[RewardConfig], studies: Sequence[Study]) -> None:
     """The rewards load, score the reports of a few studies as if a policy had written them, and can judge some. One
-    that judges none is told; where all judge none there is nothing to learn from, and that is an error."""
-    engine = ScoringEngine(configs)
+    that judges none is told; where all judge none there is nothing to learn from, and that is an error. They run as in
+    training, in workers that end here, so that no model stays in this process; but no failure is masked."""
     few = list(studies[:: max(1, len(studies) // JUDGED)])[:JUDGED]
     texts = [report_text(study) for study in few]
     columns = study_columns(few) | {"truncated": [False] * len(few)}
-    scores = engine.collect(engine.submit(ScoreBatch(texts, texts, columns)))
+    strict = [config.model_copy(update={"on_error": "raise"}) for config in configs]
+    with ScoringEngine(strict, supervised=True) as engine:
+        scores = engine.collect(engine.submit(ScoreBatch(texts, texts, columns)))
     mute = [label for label, values in scores.items() if all(value is None for value in values)]
     said = f"reward {', '.join(mute)}: could judge none of {len(few)} studies by their own reports"
     if len(mute) == len(scores):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
@@ -32,6 +33,7 @@ from unirg.recipe.load import dump_recipe, load_recipe
 from unirg.recipe.schema import GrpoStage, Recipe, SftStage, StageConfig, VisionStage
 from unirg.rollout import generate_reports
 from unirg.rollout.hf import HFSampler
+from unirg.scoring.contract import RewardConfig
 from unirg.scoring.engine import ScoringEngine
 from unirg.study import Study
 from unirg.training import StageRun, console
@@ -179,20 +181,23 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
         run_vision(work)
     else:
         work.model = accelerator.prepare_model(policy.model)
-        evaluate = dev_evaluation(work) if stage.evaluate_every else None
-        if isinstance(stage, SftStage):
-            from unirg.sft import run_sft
+        # Forwards here enter autocast themselves; accelerate's own wrapper would turn all logits into float32 as well.
+        policy.model.__dict__.pop("forward", None)
+        with ExitStack() as engines:  # their workers end with the stage
+            evaluate = dev_evaluation(work, engines) if stage.evaluate_every else None
+            if isinstance(stage, SftStage):
+                from unirg.sft import run_sft
 
-            run_sft(work, evaluate)
-        else:
-            assert isinstance(stage, GrpoStage)
-            from unirg.grpo.loop import load_reference, run_grpo
+                run_sft(work, evaluate)
+            else:
+                assert isinstance(stage, GrpoStage)
+                from unirg.grpo.loop import load_reference, run_grpo
 
-            engine = ScoringEngine(stage.rewards)
-            if accelerator.is_main_process:
-                run_folder.update_manifest(run, rewards={stage.name: engine.identities()})
-            sampler = HFSampler(policy, stage.sampling.rows_per_forward)
-            run_grpo(work, sampler, engine, evaluate, load_reference(work))
+                engine = engines.enter_context(scoring_engine(work, stage.rewards, "rewards"))
+                if accelerator.is_main_process:
+                    run_folder.update_manifest(run, rewards={stage.name: engine.identities()})
+                sampler = HFSampler(policy, stage.sampling.rows_per_forward)
+                run_grpo(work, sampler, engine, evaluate, load_reference(work))
     if accelerator.is_main_process:
         final = run_folder.final_folder(run, stage.name)
         part = final.with_name(".final.part")
@@ -232,18 +237,28 @@ def write_reports(recipe: Recipe, run: Path, stage: str) -> None:
         stage_predictions(run, recipe, stage, split, load_studies(recipe.data, split), policy=policy)
 
 
-def dev_evaluation(work: StageRun) -> Callable[[], dict[str, float]]:
-    """A function that writes greedy reports of dev studies with the policy as it stands and returns their figures."""
+def scoring_engine(work: StageRun, configs: Sequence[RewardConfig], kind: str) -> ScoringEngine:
+    """This rank's supervised engine; what the rewards print goes to the stage's folder `workers/<kind>`."""
+    rank = f"-rank{work.accelerator.process_index}" if work.accelerator.num_processes > 1 else ""
+    return ScoringEngine(configs, supervised=True, logs=work.folder / "workers" / f"{kind}{rank}")
+
+
+def dev_evaluation(work: StageRun, engines: ExitStack) -> Callable[[], dict[str, float]]:
+    """A function that writes greedy reports of dev studies with the policy as it stands and returns their figures.
+    `engines` closes the metrics' engine."""
     from unirg.evaluation.evaluate import measure
     from unirg.evaluation.run import max_new_tokens
 
     config = work.recipe.evaluation
     studies = load_studies(work.recipe.data, "dev")[: work.stage.evaluate_studies]
-    engine = ScoringEngine(config.metrics) if config.metrics else None
+    engine = engines.enter_context(scoring_engine(work, config.metrics, "metrics")) if config.metrics else None
     limit = max_new_tokens(work.recipe)
 
     def evaluate() -> dict[str, float]:
-        reports = generate_reports(work.policy, work.mine(studies), max_new_tokens=limit, batch_size=config.batch_size)
+        with work.accelerator.autocast():
+            reports = generate_reports(
+                work.policy, work.mine(studies), max_new_tokens=limit, batch_size=config.batch_size
+            )
         texts = {report.id: report.text for report in reports}
         if work.accelerator.num_processes > 1:
             texts = {key: text for share in gather_object([texts]) for key, text in share.items()}

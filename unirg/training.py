@@ -6,7 +6,8 @@ Every random choice follows from (seed, stage, step, study), so a run that was k
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,22 @@ class StageRun:
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of a share of the step's loss: shares of all micro-batches and ranks add up to it."""
         self.accelerator.backward(loss * self.accelerator.num_processes)  # DDP averages over ranks
+
+
+class Stopwatch:
+    """Seconds per phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def metrics(self) -> dict[str, float]:
+        return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
 
 
 def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:

@@ -1,5 +1,5 @@
-"""One and the same trajectory: prompts shared or not, micro-batches or one, two ranks or one, straight through or
-killed and resumed."""
+"""One and the same trajectory: prompts shared or not, micro-batches or one, two ranks or one, scores from workers or
+inline, straight through or killed and resumed."""
 
 import json
 import os
@@ -137,6 +137,17 @@ def test_prompts_read_once_per_study_or_once_per_report(straight: Path, tmp_path
     assert_same(run, straight, 2e-3)  # the same rounding as of micro-batches
     forwards = [json.loads((r / "manifest.json").read_text())["forwards"]["grpo"] for r in (run, straight)]
     assert "once per report" in forwards[0] and forwards[1].startswith("shared prefix (sdpa): ")
+
+
+def test_scores_from_workers_or_inline(straight: Path, tmp_path: Path) -> None:
+    """To the last bit: scoring draws on nothing of the policy's, and takes no part in the order of its sums."""
+    inline = start(tmp_path, "inline", "stages.grpo.rewards=[{name: 'tests_reward.py:closeness', worker: false}]")
+    run_stages(inline)
+    assert list((straight / "stages/grpo/workers/rewards").iterdir())
+    assert not (inline / "stages/grpo/workers").exists()
+    assert trajectory(inline) == trajectory(straight)
+    ours, expected = weights(inline), weights(straight)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
 
 
 @pytest.mark.parametrize("options", [["stages.grpo.shared_prefix=false"], []], ids=["dense", "packed"])

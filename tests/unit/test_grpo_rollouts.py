@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow.parquet
 
-from unirg.grpo.loop import Group, write_rollouts
+from unirg.grpo.rollouts import Group, write_rollouts
 from unirg.rollout import Sample
 from unirg.study import Study
 

@@ -1,73 +1,37 @@
 """GRPO, top to bottom: sample, submit scores, log-probs, collect, advantages, loss, step.
 
 One step: every study of the batch gets G reports from the policy; rewards score them; a report's advantage is its
-reward against its group; the policy is moved towards what scored better. Shapes: S studies of a rank, G reports per
-study, N = S * G over all ranks, B reports in a micro-batch, T tokens of the longest.
+reward against its group; the policy is moved towards what scored better. Shapes: B reports in a micro-batch, T tokens
+of the longest.
+
+Workers score while the policy computes: the reports of the first studies while the next are sampled (where a step takes
+several decodings, `sampling.rows_per_forward`), and then during the first step's self-check and every step's first
+forward, the reference's included. Later forwards come after the scores: their activations would have to be held all at
+once. So does the first where scores decide what is trained (`train_on`, `resample`): most of it would be for nothing.
+`time/scoring_hidden` says what share of the rewards' time was hidden in this way. Without workers the order is the
+same, and so are the numbers.
 """
 
 import copy
-import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+import itertools
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import torch
 
 from unirg import run as run_folder
-from unirg.grpo.advantages import AdvantageResult, advantages, most_extreme
-from unirg.grpo.choose import choose_forward
-from unirg.grpo.forward import Forward, plan_forwards
+from unirg.grpo.choose import choose_forward, share_prompts
+from unirg.grpo.forward import AnswerScores, Forward, plan_forwards
 from unirg.grpo.loss import Normaliser, grpo_loss, sampler_correction, sampler_metrics
+from unirg.grpo.monitors import monitors
+from unirg.grpo.rollouts import Group, collect_scores, judge_rollouts, sample_groups
 from unirg.policy import EncodedPrompt, Policy, load_policy
-from unirg.prompt import report_text
 from unirg.recipe.schema import GrpoStage
-from unirg.rollout import Sample, Sampler
-from unirg.scoring.contract import ScoreBatch, study_columns
-from unirg.scoring.engine import ScoringEngine, score_summary
-from unirg.study import Study
-from unirg.training import StageRun, optimise
-
-
-@dataclass
-class Group:
-    """One study with its sampled reports, their scores by reward label and what the loss needs of them."""
-
-    study: Study
-    prompt: EncodedPrompt
-    samples: list[Sample]
-    scores: dict[str, list[float | None]] = field(default_factory=dict)
-    rewards: list[float] = field(default_factory=list)
-    """The weighted sums of the scores; NaN where a report is masked."""
-    advantages: list[float] = field(default_factory=list)
-    trained: list[int] = field(default_factory=list)
-    """Indices of the samples that go through the backward."""
-    old_logps: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Per sample, its tokens' log-probs under the policy that sampled; kept where a batch makes several steps."""
-
-
-Shared = tuple[str, dict[str, list[float | None]], list[tuple[int, bool]]]
-"""What ranks tell each other of a group: study id, scores by label, (length, truncated) of each report."""
-
-
-class Stopwatch:
-    """Seconds per phase of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
-
-    def metrics(self) -> dict[str, float]:
-        return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+from unirg.rollout import Sampler
+from unirg.scoring.engine import ScoringEngine
+from unirg.training import StageRun, Stopwatch, optimise
 
 
 def run_grpo(
@@ -81,171 +45,108 @@ def run_grpo(
     None where there is no penalty, or where the policy without its adapters is the reference."""
     stage: GrpoStage = work.stage
     held: dict[str, Any] = {}
+    refusal = share_prompts(work, reference)
+    monitor = monitors(work)
 
     def step_metrics(step: int) -> dict[str, float]:
         watch = Stopwatch()
         batch, iteration = divmod(step, stage.iterations)
+        first: Pass | None = None
         if iteration == 0:
-            held["groups"], held["metrics"], held["normaliser"] = collect_rollouts(work, sampler, engine, batch, watch)
-        if "forward" not in held:
-            with watch("self-check"):
-                held["forward"] = choose_forward(
-                    work,
-                    reference,
-                    [group.prompt for group in held["groups"]],
-                    [[sample.ids for sample in group.samples] for group in held["groups"]],
-                )
-        metrics = dict(held["metrics"])
-        metrics |= update(work, held["groups"], held["normaliser"], held["forward"], reference, watch)
+            submitted = sample_groups(work, sampler, engine, work.mine(work.step_studies(batch)), watch, batch)
+            groups = [group for _, some in submitted for group in some]
+            if "forward" not in held:
+                answers = [[sample.ids for sample in group.samples] for group in groups]
+                with watch("self-check"):
+                    held["forward"] = choose_forward(work, refusal, [group.prompt for group in groups], answers)
+            if not scores_decide(stage):
+                first = first_pass(work, groups, held["forward"], reference, watch)
+            collect_scores(engine, submitted, watch)
+            held["metrics"], held["normaliser"] = judge_rollouts(work, sampler, engine, groups, batch, watch)
+            held["groups"] = groups
+            held["metrics"] |= monitor(groups, batch)
+        metrics = {k: v for k, v in held["metrics"].items() if iteration == 0 or not k.startswith("time/")}
+        metrics |= update(work, held["groups"], held["normaliser"], held["forward"], reference, watch, first)
         return metrics | watch.metrics()
 
     optimise(work, work.policy.model, step_metrics, evaluate=evaluate, boundary=stage.iterations)
-
-
-def collect_rollouts(
-    work: StageRun, sampler: Sampler, engine: ScoringEngine, batch: int, watch: Stopwatch
-) -> tuple[list[Group], dict[str, float], Normaliser]:
-    """Samples and scores this rank's share of a batch, and computes advantages over all ranks' reports.
-
-    Returns the rank's groups, the step's metrics (over all ranks), and the counts that normalise the step's loss.
-    """
-    stage: GrpoStage = work.stage
-    groups = sample_groups(work, sampler, engine, work.mine(work.step_studies(batch)), watch, batch, 0)
-    everyones = work.everyones([(g.study.id, g.scores, _lengths(g)) for g in groups])
-    result = step_advantages(stage, everyones)
-    first_zero = result.zero_variance_groups
-    resampled = 0
-    for attempt in range(1, stage.resample + 1):
-        dull = zero_variance(result, stage.group_size)
-        if not dull:
-            break
-        resampled += len(dull)
-        spare = work.step_studies(batch + attempt * 7919)  # another part of the same endless permutation
-        mine = work.mine(list(range(len(everyones))))
-        replaced = [i for i, position in enumerate(mine) if position in dull]
-        fresh = sample_groups(work, sampler, engine, [spare[mine[i]] for i in replaced], watch, batch, attempt)
-        for i, group in zip(replaced, fresh, strict=True):
-            groups[i] = group
-        everyones = work.everyones([(g.study.id, g.scores, _lengths(g)) for g in groups])
-        result = step_advantages(stage, everyones)
-
-    by_group = result.advantages_N.view(-1, stage.group_size).tolist()
-    counted = result.mask_N.view(-1, stage.group_size)
-    if stage.mask_truncated:
-        cut = torch.tensor([[truncated for _, truncated in lengths] for _, _, lengths in everyones])
-        counted = counted & ~cut
-    rows = torch.arange(result.advantages_N.numel()).view(-1, stage.group_size)
-    if stage.train_on is not None and stage.train_on < stage.group_size:
-        rows = most_extreme(result.advantages_N, stage.group_size, stage.train_on).view(-1, stage.train_on)
-    trained = [[int(n) % stage.group_size for n in row if bool(counted.view(-1)[n])] for row in rows]
-    rewards = result.rewards_N.view(-1, stage.group_size).tolist()
-    for i, group in zip(work.mine(range(len(everyones))), groups, strict=True):
-        group.rewards, group.advantages, group.trained = rewards[i], by_group[i], trained[i]
-    tokens = sum(everyones[g][2][i][0] for g, indices in enumerate(trained) for i in indices)
-    normaliser = Normaliser(sum(map(len, trained)), tokens, stage.sampling.max_new_tokens)
-    metrics = rollout_metrics(stage, everyones, result) | {"frac_reward_zero_std": first_zero / result.groups}
-    if stage.resample:
-        metrics["resampled_groups"] = float(resampled)
-    if work.accelerator.num_processes == 1:  # several ranks: each writes its own file
-        name = f"step-{batch + 1:06d}.parquet"
-    else:
-        name = f"step-{batch + 1:06d}-rank{work.accelerator.process_index}.parquet"
-    write_rollouts(work.run / "rollouts" / stage.name / name, groups)
-    return groups, metrics, normaliser
-
-
-def sample_groups(
-    work: StageRun,
-    sampler: Sampler,
-    engine: ScoringEngine,
-    studies: list[Study],
-    watch: Stopwatch,
-    batch: int,
-    attempt: int,
-) -> list[Group]:
-    """G scored reports for each study. Seeds follow from run, step, study and sample, not from rank or batch shape."""
-    if not studies:
-        return []
-    stage: GrpoStage = work.stage
-    with watch("sampling"), work.accelerator.autocast():
-        prompts = [work.policy.encode(study) for study in studies]
-        seeds = [[work.seed("sample", batch, attempt, s.id, g) for g in range(stage.group_size)] for s in studies]
-        samples = sampler.sample(
-            prompts, seeds, temperature=stage.sampling.temperature, max_new_tokens=stage.sampling.max_new_tokens
-        )
-    groups = [Group(*parts) for parts in zip(studies, prompts, samples, strict=True)]
-    with watch("scoring"):
-        handle = engine.submit(score_batch(groups))
-        scores = engine.collect(handle)
-    size = stage.group_size
-    for i, group in enumerate(groups):
-        group.scores = {label: values[i * size : (i + 1) * size] for label, values in scores.items()}
-    return groups
-
-
-def score_batch(groups: list[Group]) -> ScoreBatch:
-    """The groups' reports with their studies' texts and columns, one row per report."""
-    studies = [group.study for group in groups for _ in group.samples]
-    samples = [sample for group in groups for sample in group.samples]
-    columns = study_columns(studies) | {"truncated": [sample.truncated for sample in samples]}
-    return ScoreBatch([sample.text for sample in samples], [report_text(study) for study in studies], columns)
-
-
-def step_advantages(stage: GrpoStage, everyones: list[Shared]) -> AdvantageResult:
-    """Advantages of all ranks' reports, N = studies x G."""
-    labels = [reward.log_label for reward in stage.rewards]
-    scores = {label: [value for _, own, _ in everyones for value in own[label]] for label in labels}
-    weights = {reward.log_label: reward.weight for reward in stage.rewards}
-    return advantages(scores, weights, stage.group_size, stage.aggregation, stage.scale)
-
-
-def zero_variance(result: AdvantageResult, group_size: int) -> set[int]:
-    """Positions of the groups whose reports all have the same advantage."""
-    by_group = result.advantages_N.view(-1, group_size)
-    return {i for i, row in enumerate(by_group) if bool((row == row[0]).all())}
-
-
-def _lengths(group: Group) -> list[tuple[int, bool]]:
-    return [(len(sample.ids), sample.truncated) for sample in group.samples]
-
-
-def rollout_metrics(stage: GrpoStage, everyones: list[Shared], result: AdvantageResult) -> dict[str, float]:
-    """The step's rewards and lengths over all ranks, under TRL's names."""
-    labels = [reward.log_label for reward in stage.rewards]
-    metrics = score_summary({label: [v for _, own, _ in everyones for v in own[label]] for label in labels})
-    judged = result.rewards_N[result.mask_N]
-    if len(judged):
-        metrics["reward"] = judged.mean().item()
-        metrics["reward_std"] = judged.std().item() if len(judged) > 1 else 0.0
-    lengths = [length for _, _, group in everyones for length, _ in group]
-    cut = [truncated for _, _, group in everyones for _, truncated in group]
-    return metrics | {
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": sum(cut) / len(cut),
-        "masked_samples": float((~result.mask_N).sum()),
-    }
 
 
 Micro = list[tuple[Group, list[int]]]
 """Groups that share a forward, each with the indices of its samples in it."""
 
 
-def micro_batches(work: StageRun, groups: list[Group], forward: Forward) -> list[tuple[Micro, bool]]:
-    """The rank's forwards, and whether each trains: a rank with fewer than the others adds forwards of one masked
-    report, since engines need the same number everywhere."""
+@dataclass
+class Pass:
+    """A forward that was made: what was in it, whether any of it can train, and its log-probs."""
+
+    micro: Micro
+    active: bool
+    scores: AnswerScores
+    reference_logps_BT: torch.Tensor | None
+
+
+def scores_decide(stage: GrpoStage) -> bool:
+    """Whether scores decide which reports go through the backward, but for the few that no reward can judge."""
+    return stage.resample > 0 or (stage.train_on is not None and stage.train_on < stage.group_size)
+
+
+def first_pass(
+    work: StageRun, groups: list[Group], forward: Forward, reference: Policy | None, watch: Stopwatch
+) -> Pass:
+    """The step's first forward, made while workers score: it needs no scores, only that they do not decide what is
+    trained. It is the first alone, because the activations of each wait for its backward. A report in it that turns out
+    to be masked trains nothing."""
+    work.policy.model.train()
+    cut = work.stage.mask_truncated
+    chosen = [[i for i, sample in enumerate(group.samples) if not (cut and sample.truncated)] for group in groups]
+    planned = plan_micros(work, groups, chosen, forward)
+    micro, active = (planned[0], True) if planned else (one_report(groups), False)
+    return forward_pass(work, micro, active, forward, reference, watch)
+
+
+def forward_pass(
+    work: StageRun, micro: Micro, active: bool, forward: Forward, reference: Policy | None, watch: Stopwatch
+) -> Pass:
+    """Log-probs of a micro-batch under the policy, and under the reference where the loss has a KL penalty."""
+    prompts = [group.prompt for group, _ in micro]
+    answers = [[group.samples[i].ids for i in own] for group, own in micro]
+    temperature = work.stage.sampling.temperature
+    with watch("logps"), work.accelerator.autocast():
+        # The reference first: its activations go before the policy's come.
+        reference_logps_BT = _reference_logps(work, forward, reference, prompts, answers)
+        scores = forward.logps(work.policy, prompts, answers, temperature=temperature, model=work.model)
+        return Pass(micro, active, scores, reference_logps_BT)
+
+
+def micro_batches(
+    work: StageRun, groups: list[Group], forward: Forward, first: Pass | None = None
+) -> list[tuple[Micro, bool]]:
+    """The rank's forwards after `first`, and whether each trains: a rank with fewer than the others adds forwards of
+    one masked report, since engines need the same number everywhere."""
+    done = {(id(group), i) for group, own in first.micro for i in own} if first is not None else set()
+    chosen = [[i for i in group.trained if (id(group), i) not in done] for group in groups]
+    micros = plan_micros(work, groups, chosen, forward)
+    counts = work.accelerator.gather(torch.tensor([len(micros)], device=work.accelerator.device))
+    spare = max(1 if first is None else 0, int(counts.max())) - len(micros)
+    return [(micro, True) for micro in micros] + [(one_report(groups), False)] * spare
+
+
+def plan_micros(work: StageRun, groups: list[Group], chosen: list[list[int]], forward: Forward) -> list[Micro]:
+    """The chosen samples of each group in forwards."""
     plan = plan_forwards(
         forward,
         [len(group.prompt) for group in groups],
-        [[len(group.samples[i].ids) for i in group.trained] for group in groups],
+        [[len(group.samples[i].ids) for i in own] for group, own in zip(groups, chosen, strict=True)],
         budget=work.stage.tokens_per_forward,
         groups=work.stage.studies_per_forward,
     )
-    micros = [[(groups[p.group], [groups[p.group].trained[a] for a in p.answers]) for p in parts] for parts in plan]
-    counts = work.accelerator.gather(torch.tensor([len(micros)], device=work.accelerator.device))
-    shortest = min(range(len(groups[0].samples)), key=lambda i: len(groups[0].samples[i].ids))
-    spare = max(1, int(counts.max())) - len(micros)
-    return [(micro, True) for micro in micros] + [([(groups[0], [shortest])], False)] * spare
+    return [[(groups[p.group], [chosen[p.group][a] for a in p.answers]) for p in parts] for parts in plan]
+
+
+def one_report(groups: list[Group]) -> Micro:
+    """The first group's shortest report: the least that a forward can hold."""
+    return [(groups[0], [min(range(len(groups[0].samples)), key=lambda i: len(groups[0].samples[i].ids))])]
 
 
 def update(
@@ -255,22 +156,21 @@ def update(
     forward: Forward,
     reference: Policy | None,
     watch: Stopwatch,
+    first: Pass | None = None,
 ) -> dict[str, float]:
-    """Forward and backward over the rank's groups; metrics are summed over micro-batches and ranks."""
+    """Forward and backward over the rank's groups; metrics are summed over micro-batches and ranks. `first` is a
+    forward that was made already."""
     stage, policy = work.stage, work.policy
     policy.model.train()
     totals: dict[str, torch.Tensor] = {}
     gaps: list[dict[str, torch.Tensor]] = []
-    for micro, active in micro_batches(work, groups, forward):
-        prompts = [group.prompt for group, _ in micro]
-        answers = [[group.samples[i].ids for i in own] for group, own in micro]
-        rows = [(group, i) for group, own in micro for i in own]
-        with watch("logps"), work.accelerator.autocast():
-            scores = forward.logps(policy, prompts, answers, temperature=stage.sampling.temperature, model=work.model)
-            mask_BT = scores.mask_BT.bool() & active
-            reference_logps_BT = _reference_logps(work, forward, reference, prompts, answers)
+    passes = (forward_pass(work, *m, forward, reference, watch) for m in micro_batches(work, groups, forward, first))
+    for made in passes if first is None else itertools.chain([first], passes):
+        rows = [(group, i) for group, own in made.micro for i in own]
         with watch("loss"):
-            logps_BT = scores.logps_BT
+            logps_BT = made.scores.logps_BT
+            trains_B = torch.tensor([made.active and i in group.trained for group, i in rows], device=policy.device)
+            mask_BT = made.scores.mask_BT.bool() & trains_B[:, None]
             sampled_BT = _padded([torch.tensor(group.samples[i].logps) for group, i in rows], logps_BT)
             old_logps_BT = None
             if stage.iterations > 1:  # the policy of the first iteration is the one that sampled
@@ -290,24 +190,28 @@ def update(
                 advantages_B.to(policy.device),
                 config=config,
                 normaliser=normaliser,
-                reference_logps_BT=reference_logps_BT,
+                reference_logps_BT=made.reference_logps_BT,
                 sampler_weights=weights,
-                entropies_BT=scores.entropies_BT,
+                entropies_BT=made.scores.entropies_BT,
             )
             gap = sampler_metrics(weights, at_sampling_BT, sampled_BT, mask_BT)
             gaps.append(gap if bool(mask_BT.any()) else {name: value * torch.nan for name, value in gap.items()})
+            token_share = mask_BT.sum() / max(1, normaliser.tokens)
+            report_share = mask_BT.any(dim=1).sum() / max(1, normaliser.samples)
+            for name in [name for name in gap if name.endswith("/mean") and normaliser.tokens]:
+                per_report = weights.shape[1] == 1 and "ratio" in name
+                result.metrics[name] = gap[name] * (report_share if per_report else token_share)
         with watch("backward"):
             work.backward(result.loss)
         for name, value in {"loss": result.loss.detach(), **result.metrics}.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value
     metrics = {name: float(work.accelerator.reduce(value, "sum")) for name, value in totals.items()}
-    for name in gaps[0]:
+    for name in [name for name in gaps[0] if not name.endswith("/mean")]:
         values = torch.stack([gap[name] for gap in gaps])
         values = work.accelerator.gather(values[None] if work.accelerator.num_processes > 1 else values)
         values = values[~values.isnan()]  # of micro-batches with something to learn from
         if len(values):
-            kind = name.rsplit("/", 1)[-1]
-            metrics[name] = float(values.min() if kind == "min" else values.max() if kind == "max" else values.mean())
+            metrics[name] = float(values.min() if name.endswith("/min") else values.max())
     return metrics
 
 
@@ -350,22 +254,3 @@ def load_reference(work: StageRun) -> Policy | None:
         reference = load_policy(config, work.recipe.prompt, folder=folder)
     reference.model.requires_grad_(False).eval().to(work.policy.device)
     return reference
-
-
-def write_rollouts(path: Path, groups: list[Group]) -> None:
-    """The batch's reports with scores, rewards (null where masked) and advantages, one row per report, as parquet."""
-    rows = []
-    for group in groups:
-        for i, sample in enumerate(group.samples):
-            scores = {label: values[i] for label, values in group.scores.items()}
-            reward = None if math.isnan(group.rewards[i]) else group.rewards[i]
-            rows.append(
-                {"study_id": group.study.id, "candidate": sample.text, "reward": reward}
-                | {"advantage": group.advantages[i], "length": len(sample.ids), "truncated": sample.truncated}
-                | {"trained": i in group.trained}
-                | {f"scores.{label}": value for label, value in scores.items()}
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), part)
-    part.replace(path)

@@ -9,17 +9,21 @@ or a class whose instances have a `score` method of that signature. `candidates[
 (`study_id`, `labels`, `findings`, ..., and the data's own further columns). The answer is one number per candidate,
 larger meaning better, or None where the reward cannot judge: such a sample is masked, never scored zero.
 
-A class may also have `setup()`, called once before the first score (load a model there), and these attributes:
-`identity` (a dict that says which variant, backend and versions the numbers come from, kept with every run), `needs`
-(a sentence on what must be installed) and `deduplicate` (False where the score of a candidate depends on the others
-of its batch; identical candidates of one study are otherwise scored once).
+A class may also have `setup()`, called once per process before the first score (load a model there; a parameter
+`device`, where it has one, receives the recipe's), and these attributes: `identity` (a dict that says which variant,
+backend and versions the numbers come from, kept with every run), `needs` (a sentence on what must be installed),
+`deduplicate` (False where the score of a candidate depends on the others of its batch; identical candidates of one
+study are otherwise scored once) and `shares` (a name: rewards of one name and device run in one process, because they
+share a model).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import Field
 
 from unirg.errors import UserError
 from unirg.section import Section
@@ -65,6 +69,18 @@ class RewardConfig(Section):
     """Keyword arguments for the reward, e.g. `{variant: coco4}`."""
     reference: str | None = None
     """The data column to use as the reference text (e.g. `impression`); the study's whole report where not given."""
+    device: str = Field("cpu", pattern=r"^(cpu|cuda:auto|cuda:\d+(,cuda:\d+)*)$")
+    """Where its model runs: `cpu`, `cuda:1`, a pool such as `cuda:6,cuda:7` that ranks are dealt out to, or
+    `cuda:auto`, a GPU that no rank trains on where there is one, else the rank's own."""
+    batch_size: int | None = Field(None, gt=0)
+    """At most so many candidates in one call; default all of a batch. A failure costs the candidates of its call."""
+    timeout: float = Field(600.0, gt=0)
+    """Seconds that one call may take in a worker process; then the process is killed."""
+    on_error: Literal["mask", "raise"] = "mask"
+    """What follows in training when a call has failed twice: its samples are masked and counted, or the run stops."""
+    worker: bool = True
+    """Score in a worker process during training, where a crash or a hang cannot take the run along, and while the
+    policy computes; false scores in the training process."""
 
     @property
     def log_label(self) -> str:

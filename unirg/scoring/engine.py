@@ -1,74 +1,215 @@
 """The scoring engine: submit a batch of candidates, collect one list of scores per reward.
 
-Scores are computed in the calling process, when a batch is submitted. Callers should submit, do other work, and then
-collect, and rely on nothing in between.
+There are two ways to run rewards. By default they run in the calling process, when a batch is submitted, and whatever
+goes wrong is a RewardError: right for a command that someone waits for. Supervised, as training runs them, each reward
+runs as its config says, normally in a worker process that scores while the caller goes on (between submit and collect),
+that is killed where it hangs and started again where it died; a call that fails twice masks its samples (`on_error`).
 """
 
 import itertools
 import math
-import traceback
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import os
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from unirg.scoring.contract import RewardConfig, RewardError, ScoreBatch
-from unirg.scoring.registry import Reward, load_reward
+from unirg.scoring.registry import load_reward
+from unirg.scoring.worker import described
+from unirg.scoring.worker_process import ATTEMPTS, Answer, Placed, Worker
 
-Answer = TypeVar("Answer")
+
+@dataclass
+class _Part:
+    """What one reward does of a batch: for every row of the batch its index among the distinct rows, and the calls made
+    for these, in order, each with its study ids."""
+
+    position: list[int]
+    calls: list[tuple[list[str], "Answer | Future[Answer]"]] = field(default_factory=list)
 
 
 class ScoringEngine:
-    """The rewards of a stage, loaded and ready.
+    """The rewards of a stage, loaded and ready; `logs` is a folder for what supervised rewards print.
 
-    Raises RewardError where a reward cannot be loaded, or two have the same label.
+    A supervised engine holds processes: use it as a context manager, or close it. Raises RewardError where a reward
+    cannot be loaded or set up, or two have the same label.
     """
 
-    def __init__(self, configs: Sequence[RewardConfig]) -> None:
+    def __init__(self, configs: Sequence[RewardConfig], *, supervised: bool = False, logs: Path | None = None) -> None:
         labels = [config.log_label for config in configs]
         if repeated := [label for label, count in Counter(labels).items() if count > 1]:
             raise RewardError(f"two rewards are called '{repeated[0]}' in logs; give each a `label` of its own")
         self._configs = dict(zip(labels, configs, strict=True))
         self._rewards = {label: load_reward(config.name, config.options) for label, config in self._configs.items()}
-        for label, reward in self._rewards.items():
-            _say_which(label, [], reward.setup)
+        self._supervised = supervised
+        self._workers: dict[str, Worker] = {}  # by label; some are one and the same
+        self._identities: dict[str, dict[str, Any]] = {}
         self._handles = itertools.count()
-        self._done: dict[int, dict[str, list[float | None]]] = {}
+        self._parts: dict[int, dict[str, _Part]] = {}
+        self._failed = dict.fromkeys(labels, 0)
+        self._seconds: defaultdict[Worker | None, float] = defaultdict(
+            float
+        )  # that rewards took, here (None) and in each worker
+        self._waited = 0.0
+        for label, reward in self._rewards.items():
+            if self._configs[label].batch_size is not None and not reward.deduplicate:
+                raise RewardError(f"reward '{label}' compares the candidates of a batch: it cannot have a batch_size")
+        try:
+            self._set_up(logs)
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, batch: ScoreBatch) -> int:
         """Hand over a batch; the answer is the handle to collect its scores with.
 
-        Raises RewardError naming the reward and the studies where a reward fails or breaks the contract.
+        Raises RewardError naming the reward and the studies where a reward fails or breaks the contract, except that a
+        supervised engine leaves this to `collect`.
         """
-        handle = next(self._handles)
-        self._done[handle] = {label: self._score(label, reward, batch) for label, reward in self._rewards.items()}
+        handle, started = next(self._handles), time.perf_counter()
+        parts: dict[str, _Part] = {}
+        for label in sorted(self._rewards, key=lambda label: label not in self._workers):  # workers start first
+            config, reward = self._configs[label], self._rewards[label]
+            references = _references(label, config.reference, batch)
+            rows, position = _distinct(batch, references, merge=reward.deduplicate)
+            part = parts[label] = _Part(position)
+            size = config.batch_size or max(1, len(rows))
+            for first in range(0, len(rows), size):
+                part.calls.append(self._call(label, batch, references, rows[first : first + size]))
+        self._parts[handle] = parts
+        self._waited += time.perf_counter() - started
         return handle
 
     def collect(self, handle: int) -> dict[str, list[float | None]]:
         """The scores of a submitted batch by reward label, in the batch's order. Each handle is collected once:
-        KeyError after that, or for a handle that was never given."""
-        return self._done.pop(handle)
+        KeyError after that, or for a handle that was never given.
+
+        A call that failed twice raises RewardError, naming the reward and the studies, where the reward's `on_error` is
+        `raise`; else its samples have None, a line on stderr says why, and `step_figures` counts them.
+        """
+        parts, started = self._parts.pop(handle), time.perf_counter()
+        collected: dict[str, list[float | None]] = {}
+        for label in self._rewards:
+            scores: list[float | None] = []
+            lost: list[bool] = []
+            for study_ids, call in parts[label].calls:
+                answer = call.result() if isinstance(call, Future) else call
+                if answer.scores is None:
+                    failure = _failure(label, study_ids, answer.reason)
+                    if self._configs[label].on_error == "raise":
+                        raise failure
+                    print(f"{failure}; {len(study_ids)} candidates are masked", file=sys.stderr, flush=True)
+                scores += [None] * len(study_ids) if answer.scores is None else answer.scores
+                lost += [answer.scores is None] * len(study_ids)
+                self._seconds[self._workers.get(label)] += answer.seconds
+            collected[label] = [scores[index] for index in parts[label].position]
+            self._failed[label] += sum(lost[index] for index in parts[label].position)
+        self._waited += time.perf_counter() - started
+        return collected
+
+    def step_figures(self) -> dict[str, float]:
+        """What happened since this was last asked, to log: `rewards/<label>/failed`, candidates masked because their
+        reward failed, and `time/scoring_hidden`, the share of the rewards' time that nobody waited for. The rewards'
+        time is what a caller that does nothing in between would wait: this process's own and the busiest worker's."""
+        figures = {f"rewards/{label}/failed": float(count) for label, count in self._failed.items()}
+        here = self._seconds.pop(None, 0.0)
+        scoring = here + max(self._seconds.values(), default=0.0)
+        figures["time/scoring_hidden"] = max(0.0, 1 - self._waited / scoring) if scoring else 0.0
+        self._failed = dict.fromkeys(self._failed, 0)
+        self._seconds.clear()
+        self._waited = 0.0
+        return figures
 
     def identities(self) -> dict[str, dict[str, Any]]:
         """What each label's numbers are (reward, options, variant, backend, versions), for a run's manifest."""
         return {
-            label: reward.identity | ({"reference": reference} if (reference := self._configs[label].reference) else {})
-            for label, reward in self._rewards.items()
+            label: self._identities[label] | ({"reference": config.reference} if config.reference else {})
+            for label, config in self._configs.items()
         }
 
-    def _score(self, label: str, reward: Reward, batch: ScoreBatch) -> list[float | None]:
-        references = _references(label, self._configs[label].reference, batch)
-        rows, position = _distinct(batch, references, merge=reward.deduplicate)
+    def close(self) -> None:
+        """Ends the worker processes. What was submitted and not collected is lost."""
+        for worker in set(self._workers.values()):
+            worker.close()
+
+    def __enter__(self) -> "ScoringEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _set_up(self, logs: Path | None) -> None:
+        """Starts the workers, side by side, and sets up all rewards."""
+        placed = {
+            c.log_label: Placed(c.name, dict(c.options), place(c.log_label, c.device)) for c in self._configs.values()
+        }
+        groups: dict[tuple[str, str], dict[str, Placed]] = defaultdict(dict)
+        for label, reward in self._rewards.items():
+            if self._supervised and self._configs[label].worker:
+                # What holds no model shares one process: its calls are short, and each process has to be started.
+                shares = reward.shares or (label if hasattr(reward.written, "setup") else "")
+                groups[shares, placed[label].device][label] = placed[label]
+        if logs is not None and groups:
+            logs.mkdir(parents=True, exist_ok=True)
+        identities = []
+        for number, group in enumerate(groups.values(), start=1):
+            worker = Worker(group, None if logs is None else logs / f"worker-{number}.log")
+            self._workers |= dict.fromkeys(group, worker)
+            identities.append(worker.setup())
+        for label, reward in self._rewards.items():
+            if label not in self._workers:
+                try:
+                    reward.setup(placed[label].device)
+                    self._identities[label] = reward.identity
+                except Exception as error:
+                    raise RewardError(f"reward '{label}' cannot be set up: {described(error)}") from error
+        for future in identities:
+            self._identities |= future.result()
+
+    def _call(
+        self, label: str, batch: ScoreBatch, references: list[str], rows: list[int]
+    ) -> tuple[list[str], "Answer | Future[Answer]"]:
+        """The study ids of `rows` of the batch, and the reward's answer on them, now or later."""
 
         def chosen(values: list[Any]) -> list[Any]:
             return [values[row] for row in rows]
 
+        study_ids, candidates, truths = chosen(batch.study_ids()), chosen(batch.candidates), chosen(references)
         columns = {name: chosen(values) for name, values in batch.columns.items()}
-        scores = _say_which(
-            label,
-            chosen(batch.study_ids()),
-            lambda: reward.score(chosen(batch.candidates), chosen(references), **columns),
-        )
-        return [scores[index] for index in position]
+        if worker := self._workers.get(label):
+            return study_ids, worker.score(label, candidates, truths, columns, self._configs[label].timeout)
+        started, reason = time.perf_counter(), ""
+        for _ in range(ATTEMPTS if self._supervised else 1):
+            try:
+                scores = self._rewards[label].score(candidates, truths, **columns)
+                return study_ids, Answer(scores, "", time.perf_counter() - started)
+            except Exception as error:  # whatever a reward raises
+                reason = described(error)
+                if not self._supervised:
+                    raise _failure(label, study_ids, reason) from error
+        return study_ids, Answer(None, reason, time.perf_counter() - started)
+
+
+def place(label: str, device: str) -> str:
+    """The device that a config's `device` means for this process (see RewardConfig.device), one of `cpu` and `cuda:N`.
+
+    Raises RewardError where there is no CUDA device for `cuda:auto`.
+    """
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if device != "cuda:auto":
+        pool = device.split(",")
+        return pool[rank % len(pool)]
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        raise RewardError(f"reward '{label}': device is cuda:auto, and there is no CUDA device; take cpu")
+    return f"cuda:{ranks + rank % (count - ranks)}" if count > ranks else f"cuda:{rank % count}"
 
 
 def score_summary(scores: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
@@ -110,16 +251,8 @@ def _distinct(batch: ScoreBatch, references: list[str], *, merge: bool) -> tuple
     return list(first_row.values()), [index_of[key] for key in keys]
 
 
-def _say_which(label: str, study_ids: list[str], action: Callable[[], Answer]) -> Answer:
-    """Run `action`; whatever it raises comes out as a RewardError that names the reward and the studies."""
-    try:
-        return action()
-    except RewardError:
-        raise
-    except Exception as error:
-        ids = list(dict.fromkeys(study_ids))
-        shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-        on = f" on studies {shown}" if ids else ""
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        said = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno}, in {where.name})"
-        raise RewardError(f"reward '{label}' failed{on}: {said}") from error
+def _failure(label: str, study_ids: Sequence[str], reason: str) -> RewardError:
+    """The error that names the reward and the studies."""
+    ids = list(dict.fromkeys(study_ids))
+    shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+    return RewardError(f"reward '{label}' failed on studies {shown}: {reason}")

@@ -1,4 +1,7 @@
-"""Find a reward by name: an installed entry point, `path/to/file.py:function`, or `package.module:function`."""
+"""Find a reward by name: an installed entry point, `path/to/file.py:function`, or `package.module:function`.
+
+An entry point may also be a module that holds a family of rewards, one of which is named `entry_point:reward`.
+"""
 
 import difflib
 import functools
@@ -32,10 +35,24 @@ class Reward:
     written: Any
     function: ScoreFunction
 
-    def setup(self) -> None:
-        """Let the reward load what it needs. Call once, before the first score."""
-        if setup := getattr(self.written, "setup", None):
+    def setup(self, device: str = "cpu") -> None:
+        """Let the reward load what it needs. Call once, before the first score.
+
+        Raises RewardError where another device than the CPU is asked of a reward whose `setup` takes none.
+        """
+        setup = getattr(self.written, "setup", None)
+        if setup is not None and "device" in inspect.signature(setup).parameters:
+            setup(device=device)
+        elif device != "cpu":
+            raise RewardError(f"reward '{self.name}' takes no device; leave `device: {device}` out")
+        elif setup is not None:
             setup()
+
+    @property
+    def shares(self) -> str | None:
+        """Rewards of one name here belong in one process: they share a model. None: it shares nothing."""
+        shares = getattr(self.written, "shares", None)
+        return None if shares is None else str(shares)
 
     @property
     def deduplicate(self) -> bool:
@@ -125,7 +142,9 @@ def _find(name: str) -> Any:
     if not colon:
         return _load_entry_point(name)
     try:
-        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
+    except RewardError:
+        raise
     except Exception as error:  # whatever the module's own code raises
         raise RewardError(f"reward '{name}': {where} cannot be imported ({type(error).__name__}: {error})") from error
     if not hasattr(module, attribute):
@@ -152,6 +171,12 @@ def _load_entry_point(name: str) -> Any:
     except Exception as error:  # whatever the plug-in's import raises
         value = points[name][0].value
         raise RewardError(f"reward '{name}' ({value}) cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _load_module(name: str) -> Any:
+    """An installed family of rewards, or else the module of that name."""
+    is_family = any(point.name == name for point in entry_points(group=GROUP))
+    return _load_entry_point(name) if is_family else importlib.import_module(name)
 
 
 def _load_file(path: Path) -> ModuleType:
