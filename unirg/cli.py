@@ -242,5 +242,26 @@ def _scoring_verbs(add: Add) -> None:
 
         return list_rewards(as_json=arguments.json)
 
-    parser = _verb(add, "rewards", "the rewards installed, what each measures and needs", rewards)
+    parser = _verb(
+        add, "rewards", "the rewards installed, what each measures and needs; or write and check one", rewards
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per reward")
+    add_below = parser.add_subparsers(metavar="VERB").add_parser
+
+    def new(arguments: argparse.Namespace) -> int:
+        from unirg.scoring.new_reward import new_reward
+
+        print(f"{new_reward(arguments.name)}: a package of one reward and its test; docs/write_a_reward.md goes on")
+        return 0
+
+    parser = _verb(add_below, "new", "write a package of one reward and its test into a new folder, here", new)
+    parser.add_argument("name", metavar="NAME", help="such as my_reward")
+
+    def check(arguments: argparse.Namespace) -> int:
+        from unirg.scoring.check_reward import check_reward
+
+        return check_reward(arguments.reward)
+
+    summary = "is a reward right, and what would a policy learn from it; status 1 where it breaks the contract"
+    parser = _verb(add_below, "check", summary, check)
+    parser.add_argument("reward", metavar="REWARD", help="such as path.py:fn, bleu or bleu(variant=coco4)")

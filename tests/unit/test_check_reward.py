@@ -1,0 +1,95 @@
+"""`unirg rewards check` and `new` as typed: what is said of a reward, and the exit status."""
+
+from pathlib import Path
+
+import pytest
+
+from unirg.cli import main
+
+FILE = '''
+def long(candidates, references):
+    """Length."""
+    return [min(len(text), 5000) / 5000 for text in candidates]
+
+def breaks(candidates, references):
+    """Fails on an empty report."""
+    return [1 / len(text) for text in candidates]
+
+def none(candidates, references, age):
+    """Needs what generated studies have not."""
+    return [a and a / 100 for a in age]
+
+class Fails:
+    """No model."""
+
+    def setup(self):
+        raise FileNotFoundError("model.pt")
+
+    def score(self, candidates, references):
+        return []
+'''
+
+
+@pytest.fixture
+def said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Exit status and output, its line breaks made spaces, of a check of one reward of FILE."""
+    (tmp_path / "own.py").write_text(FILE)
+
+    def check(name: str) -> tuple[int, str]:
+        status = main(["rewards", "check", f"{tmp_path}/own.py:{name}"])
+        out, err = capsys.readouterr()
+        return status, " ".join((out + err).split())
+
+    return check
+
+
+def test_a_reward_that_can_be_gamed_keeps_the_contract_and_is_told_what_it_teaches(said) -> None:
+    status, text = said("long")
+    assert status == 0 and "own.py:long keeps the contract." in text and "WRONG" not in text
+    assert "harm pays. Best paid is 2,000 words (the report over and over, 2000 words), +" in text
+    assert "It also pays for" in text and "findings spammed" in text.partition("It also pays for")[2]
+    assert "they move the score: paraphrase." in text  # shuffled or in capitals a report is as long
+
+
+def test_a_reward_that_cannot_be_gamed_so_is_told_what_is_cheapest(capsys) -> None:
+    assert main(["rewards", "check", "entity_f1"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "no harmful change pays; the cheapest is sentence repeated" in text and "harm pays" not in text
+
+
+def test_a_breach_is_status_1(said) -> None:
+    status, text = said("breaks")
+    assert status == 1
+    assert (
+        "WRONG empty text as a report: ZeroDivisionError: division by zero" in text
+        and "own.py:8, in <listcomp>" in text
+    )
+    assert "breaks the contract: see the 1 marked WRONG." in text
+    # The probes hold an empty report too.
+    assert "What a policy would learn from it cannot be said: reward 'breaks' failed" in text
+
+
+def test_own_columns_cannot_be_probed_here(said) -> None:
+    status, text = said("none")
+    assert status == 0 and "note needs 'age', a column of your own data" in text
+    assert "cannot be said: reward" in text and "needs 'age'" in text
+
+
+def test_what_cannot_be_loaded_or_set_up_is_bad_input(said, capsys) -> None:
+    status, text = said("Fails")
+    assert status == 2 and text.endswith("cannot be set up: FileNotFoundError: model.pt")
+    assert main(["rewards", "check", "bleu,rouge_l"]) == 2
+    assert "names 2 rewards" in capsys.readouterr().err
+    assert main(["rewards", "check", "no_such"]) == 2
+
+
+def test_new_writes_here_once(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["rewards", "new", "my_reward"]) == 0
+    assert capsys.readouterr().out.startswith("my_reward: a package of one reward and its test")
+    assert (tmp_path / "my_reward" / "my_reward.py").exists()
+    assert main(["rewards", "new", "my_reward"]) == 2
+    assert capsys.readouterr().err == (
+        "my_reward exists already; nothing was written. Choose another name, or move it away\n"
+    )
+    assert main(["rewards", "check", "my_reward/my_reward.py:my_reward(shortest=2)"]) == 0
