@@ -5,6 +5,7 @@ Needs bert_score 0.3.13, f1chexbert 0.0.2 (with scikit-learn < 1.8) and pycocoev
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -169,3 +170,18 @@ def test_cider_is_pycocoevalcaps(tmp_path):
     scores = load_reward("cider", {"corpus": str(corpus)}).score(candidates, references)
     assert scores == pytest.approx(list(expected), abs=1e-9)
     assert max(scores) > 1
+
+
+def test_meteor_is_pycocoevalcaps():
+    package = pytest.importorskip("pycocoevalcap.meteor.meteor", reason="pycocoevalcap is not installed")
+    if shutil.which("java") is None:
+        pytest.skip("there is no `java` on the path")
+    candidates = [*REPORTS[:4], "Lungs are clear. Mild cardiomegaly.", "", "Effusion ||| small\n\nleft", "🫁 clear"]
+    references = [REPORTS[0], REPORTS[0], REPORTS[0], REPORTS[3], REPORTS[1], REPORTS[1], REPORTS[0], "Lungs clear"]
+    lines = [" ".join(text.replace("|||", " ").split()) for text in candidates]
+    keys = range(len(candidates))
+    _, expected = package.Meteor().compute_score({k: [references[k]] for k in keys}, {k: [lines[k]] for k in keys})
+    reward = load_reward("meteor")
+    assert reward.score(candidates, references) == pytest.approx(expected, abs=1e-12)
+    assert reward.identity["pycocoevalcap"]
+    assert 0 < expected[1] < expected[4] < expected[0]
