@@ -8,6 +8,7 @@ import pytest
 
 from unirg.errors import UserError
 from unirg.grpo.monitors import Limits, MonitorConfig, agreement, crossed, monitors, sample_metrics
+from unirg.recipe.schema import GrpoStage
 from unirg.study import Study
 
 ILL, NORMAL = "Small left effusion. No pneumothorax.", "No effusion."
@@ -115,3 +116,16 @@ def test_limits_outside_of_what_can_be_are_refused():
     for wrong in ({"unique_outputs": 2}, {"length_drift": 0.5}, {"entity": 1}):
         with pytest.raises(ValueError):
             MonitorConfig(warn=wrong)
+
+
+def test_agreement_needs_a_held_out_metric():
+    stage = {
+        "name": "rl",
+        "kind": "grpo",
+        "steps": 1,
+        "optimiser": {"learning_rate": 1e-4},
+        "monitors": {"warn": {"agreement": 0.1}},
+    }
+    with pytest.raises(ValueError, match=r"stage 'rl': monitors.agreement needs a held-out metric"):
+        GrpoStage(**stage, rewards=[{"name": "bleu"}])
+    GrpoStage(**stage, rewards=[{"name": "bleu"}, {"name": "rouge_l", "weight": 0}])

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from unirg.data import DataConfig
 from unirg.evaluation.evaluate import EvaluationConfig
 from unirg.grpo.loss import LossConfig
+from unirg.grpo.monitors import MonitorConfig
 from unirg.policy import PolicyConfig
 from unirg.prompt import PromptConfig
 from unirg.rollout import SamplingConfig
@@ -136,6 +137,8 @@ class GrpoStage(StageConfig):
     """Leave reports that hit the length limit out of the loss."""
     resample: int = Field(0, ge=0)
     """How many times studies whose groups have no variance are replaced by fresh studies, within a step."""
+    monitors: MonitorConfig = MonitorConfig()
+    """Signs that the policy games its rewards: when to warn, when to stop."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "GrpoStage":
@@ -143,6 +146,9 @@ class GrpoStage(StageConfig):
             raise ValueError(f"stage '{self.name}': train_on {self.train_on} is more than group_size {self.group_size}")
         if not any(reward.weight for reward in self.rewards):
             raise ValueError(f"stage '{self.name}': every reward has weight 0; give at least one a weight")
+        watched = self.monitors.warn.agreement is not None or self.monitors.stop.agreement is not None
+        if watched and all(reward.weight for reward in self.rewards):
+            raise ValueError(f"stage '{self.name}': monitors.agreement needs a held-out metric, a reward of weight 0")
         if self.kl.reference != "start" and not self.loss.kl:
             raise ValueError(f"stage '{self.name}': kl.reference is set, and loss.kl is 0: there is no penalty")
         return self
