@@ -22,6 +22,7 @@ from unirg.prompt import PromptConfig, build_messages, prompt_images, report_tex
 from unirg.recipe.schema import GrpoStage, Recipe, StageConfig, VisionStage
 from unirg.scoring.contract import RewardConfig, ScoreBatch, study_columns
 from unirg.scoring.engine import ScoringEngine
+from unirg.scoring.registry import check_trainable
 from unirg.study import Study
 from unirg.training import console
 from unirg.vision import trainable_tower
@@ -55,6 +56,7 @@ def check(recipe: Recipe, build_policy: Callable[[Sequence[Study]], Policy]) -> 
         check_split(studies, "train", vision)
         for stage in users:
             if isinstance(stage, GrpoStage):
+                check_trainable(stage.rewards)
                 check_rewards(stage.rewards, studies)
         policy = policy or build_policy(studies)
         check_prompts(policy, studies)

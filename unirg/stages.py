@@ -35,6 +35,7 @@ from unirg.rollout import generate_reports
 from unirg.rollout.hf import HFSampler
 from unirg.scoring.contract import RewardConfig
 from unirg.scoring.engine import ScoringEngine
+from unirg.scoring.registry import check_trainable
 from unirg.study import Study
 from unirg.training import StageRun, console
 
@@ -193,6 +194,7 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
                 assert isinstance(stage, GrpoStage)
                 from unirg.grpo.loop import load_reference, run_grpo
 
+                check_trainable(stage.rewards)
                 engine = engines.enter_context(scoring_engine(work, stage.rewards, "rewards"))
                 if accelerator.is_main_process:
                     run_folder.update_manifest(run, rewards={stage.name: engine.identities()})

@@ -81,3 +81,10 @@ def test_a_tracker_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UserError, match="trackers: mlflow is not installed"):
         check.check_trackers(recipe(trackers=["mlflow"]))
     check.check_trackers(recipe())
+
+
+def test_a_stage_that_trains_on_an_evaluation_metric_is_refused() -> None:
+    rewards = [{"name": "bleu"}, {"name": "meteor"}]
+    trained = recipe(stages=[stage("grpo", rewards=rewards).model_dump()])
+    with pytest.raises(UserError, match=r"'meteor' is for evaluation only: .*evaluation\.metrics"):
+        check.check(trained, lambda studies: pytest.fail("the policy is built after the rewards are checked"))

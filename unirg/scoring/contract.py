@@ -13,8 +13,8 @@ A class may also have `setup()`, called once per process before the first score 
 `device`, where it has one, receives the recipe's), and these attributes: `identity` (a dict that says which variant,
 backend and versions the numbers come from, kept with every run), `needs` (a sentence on what must be installed),
 `deduplicate` (False where the score of a candidate depends on the others of its batch; identical candidates of one
-study are otherwise scored once) and `shares` (a name: rewards of one name and device run in one process, because they
-share a model).
+study are otherwise scored once), `shares` (a name: rewards of one name and device run in one process, because they
+share a model) and `evaluation_only` (the reason, in words, why nobody should train on it: training refuses it).
 """
 
 import math

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from unirg.scoring.contract import RewardError, ScoreFunction, validated_scores
+from unirg.scoring.contract import RewardConfig, RewardError, ScoreFunction, validated_scores
 
 GROUP = "unirg.rewards"
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -58,6 +58,11 @@ class Reward:
     def deduplicate(self) -> bool:
         """Whether identical candidates of one study may be scored once."""
         return bool(getattr(self.written, "deduplicate", True))
+
+    @property
+    def evaluation_only(self) -> str | None:
+        """Why it must not be trained on, where its author says so."""
+        return getattr(self.written, "evaluation_only", None)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -119,6 +124,15 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
         kind = type(built).__name__
         raise RewardError(f"reward '{name}' is a {kind}, expected a function or a class with a `score` method")
     return Reward(name, options, built, functools.partial(built, **options))
+
+
+def check_trainable(configs: Iterable[RewardConfig]) -> None:
+    """Raises RewardError for the first reward of a training stage whose author says that it is for evaluation only."""
+    for config in configs:
+        if reason := load_reward(config.name, config.options).evaluation_only:
+            raise RewardError(
+                f"reward '{config.log_label}' is for evaluation only: {reason}; name it in evaluation.metrics instead"
+            )
 
 
 def installed() -> list[InstalledReward]:
