@@ -112,6 +112,15 @@ def test_waits_grow_by_chance_up_to_a_bound_and_obey_the_server(monkeypatch):
     assert judge._pause(0, 1e9) == 60.0
 
 
+def test_a_wait_stands_between_two_attempts_only(reward, monkeypatch):
+    waited = []
+    monkeypatch.setattr(judge, "_pause", lambda attempt, asked: waited.append((attempt, asked)) or 0.0)
+    with serve(429, headers={"Retry-After": "2"}) as server, pytest.warns(RuntimeWarning, match="429"):
+        assert scores_of(reward(server, attempts=3)) == [None]
+        assert len(server.bodies) == 3
+    assert waited == [(0, 2.0), (1, 2.0)]
+
+
 @pytest.mark.parametrize(("header", "expected"), [("3", 3.0), ("-1", 0.0), ("Wed, 21 Oct 2026 07:28:00 GMT", None)])
 def test_retry_after_is_read(header, expected):
     with serve(429, headers={"Retry-After": header}) as server, pytest.raises(judge_endpoint.Failed) as failed:
