@@ -189,7 +189,7 @@ def _load_entry_point(name: str) -> Any:
 
 def _load_module(name: str) -> Any:
     """An installed family of rewards, or else the module of that name."""
-    is_family = any(point.name == name for point in entry_points(group=GROUP))
+    is_family = any(point.name == name and not point.attr for point in entry_points(group=GROUP))
     return _load_entry_point(name) if is_family else importlib.import_module(name)
 
 
