@@ -13,6 +13,7 @@ from unirg.prompt import PromptConfig
 from unirg.study import Study, StudyImage
 from unirg.tiny import TinyConfig
 
+collect_ignore = ["plugin_package"]  # a package of its own: endtoend/test_plugin_package.py installs and tests it
 torch.set_num_threads(1)  # spinning threads on shared cores make tests many times slower
 
 REPORTS = (

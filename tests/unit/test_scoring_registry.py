@@ -1,17 +1,11 @@
 """Three ways to name a reward, and what a wrong name is answered with."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from unirg.scoring.contract import RewardConfig, RewardError, ScoreBatch, study_columns
-from unirg.scoring.engine import ScoringEngine
+from unirg.scoring.contract import RewardError
 from unirg.scoring.registry import installed, load_reward
-from unirg.study import Study
-
-PLUGIN = Path(__file__).parents[1] / "plugin_package"
 
 FILE = '''
 """Loaded once."""
@@ -102,42 +96,6 @@ def test_the_built_in_rewards_are_listed_with_what_they_measure():
     for name in ("bleu", "rouge_l", "label_f1", "entity_f1", "ratescore"):
         assert listed[name].error is None
         assert listed[name].measures and listed[name].needs
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The third-party package of tests/plugin_package, installed by pip into a folder of its own."""
-    target = tmp_path_factory.mktemp("site")
-    source = tmp_path_factory.mktemp("source")
-    for file in PLUGIN.iterdir():
-        if file.is_file():
-            (source / file.name).write_bytes(file.read_bytes())
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--target", str(target), str(source)], check=True)
-    return target
-
-
-def test_a_third_partys_package_is_found(site, monkeypatch):
-    monkeypatch.syspath_prepend(site)
-    configs = [
-        RewardConfig(name="words_near", options={"tolerance": 0}),
-        RewardConfig(name="says_side", label="side"),
-    ]
-    engine = ScoringEngine(configs)
-    studies = [Study(id="a", labels={"effusion/left": 1}), Study(id="b")]
-    batch = ScoreBatch(["left effusion", "x"], ["left effusion", ""], study_columns(studies))
-    assert engine.collect(engine.submit(batch)) == {"words_near": [1.0, None], "side": [1.0, None]}
-
-
-def test_a_broken_plug_in_is_listed_and_hides_nothing(site, monkeypatch):
-    monkeypatch.syspath_prepend(site)
-    listed = {reward.name: reward for reward in installed()}
-    assert "ModuleNotFoundError" in listed["broken_example"].error
-    assert listed["words_near"].package == "example-report-rewards"
-    assert listed["words_near"].measures == "Whether the report has about as many words as the reference."
-    assert listed["bleu"].error is None
-    with pytest.raises(RewardError, match=r"'broken_example'.*cannot be loaded: ModuleNotFoundError"):
-        load_reward("broken_example")
 
 
 def test_the_documented_example_works(tmp_path):

@@ -1,0 +1,1 @@
+"""Rewards for UniRG from a package of their own."""
