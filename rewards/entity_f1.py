@@ -14,7 +14,7 @@ Statements are paired one to one, the best pairs first, and a pair earns credit 
 `level` bounds what counts: `finding`, `side` (finding and side), or `full` (all of it). F1 = 2 credit / (statements of
 the candidate + statements of the reference).
 
-Backend `radgraph`: RadGraph F1 by the official package; its levels are in `radgraph_f1`.
+Backend `radgraph`: what the reward `radgraph_f1` gives; its levels are there.
 """
 
 from dataclasses import replace
@@ -39,12 +39,12 @@ class EntityF1:
 
     Options: `polarity` both (default), positive (affirmed or doubted) or negative; `backend` offline (default) or
     radgraph; `level` finding, side or full (default) offline, and simple, partial (default) or complete for radgraph;
-    and for radgraph `model` (radgraph-xl by default) and `model_folder`. Lies in [0, 1]. A candidate without a word
-    scores 0; a study whose reference states nothing is masked. Where reference and candidate have no statement of the
-    wanted polarity the score is 1 (a normal study, answered without a finding).
+    and for radgraph `model` (radgraph-xl by default) and `model_folder`, as for the reward `radgraph_f1`. Lies in
+    [0, 1]. A candidate without a word scores 0; a study whose reference states nothing is masked. Where reference and
+    candidate have no statement of the wanted polarity the score is 1 (a normal study, answered without a finding).
     """
 
-    needs = "nothing; backend=radgraph: pip install unirg[radgraph] and its weights"
+    needs = "nothing; backend=radgraph: what radgraph_f1 needs"
 
     def __init__(
         self,
@@ -67,16 +67,21 @@ class EntityF1:
         self.polarity = polarity
         self.radgraph = RadGraphF1(self.level, model, model_folder) if backend == "radgraph" else None
 
-    def setup(self) -> None:
-        """Load RadGraph, where it is the backend. Raises ImportError saying what to install."""
+    def setup(self, device: str = "cpu") -> None:
+        """Load RadGraph, where it is the backend. Raises OSError saying what to fetch."""
         if self.radgraph:
-            self.radgraph.setup()
+            self.radgraph.setup(device)
+
+    @property
+    def shares(self) -> str | None:
+        """The model, where there is one (see `radgraph_f1`)."""
+        return self.radgraph.shares if self.radgraph else None
 
     @property
     def identity(self) -> dict[str, Any]:
         """Backend, level and polarity."""
         if self.radgraph:
-            return self.radgraph.identity
+            return {"backend": "radgraph"} | self.radgraph.identity
         counted = {"polarity": self.polarity, "level": self.level}
         return {"metric": "entity F1", "backend": "offline", "extractor": "unirg.extraction"} | counted
 

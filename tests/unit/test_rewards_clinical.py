@@ -9,7 +9,6 @@ import pytest
 from unirg.extraction import FINDINGS, extract
 from unirg.scoring.registry import load_reward
 from unirg_rewards.finding_kin import KIN, SEVERITY
-from unirg_rewards.radgraph_f1 import RadGraphF1, annotation_f1
 from unirg_rewards.ratescore_offline import DISEASES
 
 LABELS = {"effusion": 1, "effusion/left": 1, "effusion/right": 0, "cardiomegaly": 1, "pneumothorax": 0, "nodule": -1}
@@ -190,72 +189,3 @@ def test_entity_f1_orders_the_radjudge_cases_better_than_word_overlap():
     overlap = max(right("bleu"), right("bleu", variant="sentence4"), right("rouge_l"))
     assert right("entity_f1") >= overlap + 3
     assert right("entity_f1", polarity="positive") >= overlap + 6
-
-
-def test_radgraph_levels_differ_in_what_a_relation_adds():
-    reference = {
-        "1": {"tokens": "Tube", "label": "OBS-DP", "relations": []},
-        "2": {"tokens": "opacities", "label": "OBS-DP", "relations": [["suggestive_of", "4"], ["located_at", "3"]]},
-        "3": {"tokens": "bibasilar", "label": "ANAT-DP", "relations": []},
-        "4": {"tokens": "atelectasis", "label": "OBS-U", "relations": []},
-    }
-    candidate = {
-        "1": {"tokens": "tube", "label": "OBS-DP", "relations": []},
-        "2": {"tokens": "opacities", "label": "OBS-DP", "relations": [["located_at", "3"]]},
-        "3": {"tokens": "Bibasilar", "label": "ANAT-DP", "relations": []},
-        "4": {"tokens": "atelectasis", "label": "OBS-DP", "relations": [["located_at", "3"]]},
-    }
-    assert annotation_f1(candidate, reference, "simple") == pytest.approx(2 * 3 / 8)
-    assert annotation_f1(candidate, reference, "partial") == pytest.approx(2 * 3 / 8)
-    assert annotation_f1(candidate, reference, "complete") == pytest.approx(2 * 3 / 9)
-    assert annotation_f1({}, {}, "simple") == 0
-
-
-def test_radgraph_scores_what_the_official_package_answered():
-    path = _reference_folder() / "radgraph" / "expected_processed_annotations.json"
-    recorded = [report["processed_annotations"]["radgraph_annotations"]["0"] for report in json.loads(path.read_text())]
-    answers = [report | {"text": f"report {number}"} for number, report in enumerate(recorded)]
-    radgraph = RadGraphF1("simple", "radgraph-xl", None)
-    radgraph._annotator = lambda texts: {str(i): answers[int(text.split()[1])] for i, text in enumerate(texts)}
-    names = [report["text"] for report in answers]
-    for shift in range(len(names)):
-        candidates = names[shift:] + names[:shift]
-        expected = []
-        for one, other in zip(candidates, names):
-            sets = [
-                {
-                    (entity["tokens"].lower(), entity["label"])
-                    for entity in answers[names.index(name)]["entities"].values()
-                }
-                for name in (one, other)
-            ]
-            precision, recall = (len(sets[0] & sets[1]) / len(each) for each in sets)
-            expected.append(2 * precision * recall / (precision + recall) if precision else 0)
-        assert radgraph.score(candidates, names) == pytest.approx(expected)
-    assert expected != [1] * 5
-
-
-def test_radgraph_annotates_each_text_once_and_never_a_blank_one():
-    seen = []
-
-    def annotator(texts):
-        seen.extend(texts)
-        return {str(i): {"entities": {"1": {"tokens": t, "label": "x", "relations": []}}} for i, t in enumerate(texts)}
-
-    radgraph = RadGraphF1("partial", "radgraph-xl", None)
-    radgraph._annotator = annotator
-    long = "word " * 1000
-    assert radgraph.score(["a", " ", "b", "a", long], ["a", "a", "\n", "c", long]) == [1, 0, None, 0, 1]
-    assert sorted(seen) == ["a", "b", "c", " ".join(["word"] * 400)]
-    radgraph.score(["a"], ["c"])
-    assert len(seen) == 4
-
-
-def test_radgraph_says_what_to_install():
-    reward = load_reward("entity_f1", {"backend": "radgraph", "level": "complete"})
-    assert reward.identity["level"] == "complete"
-    try:
-        import radgraph  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match=r"pip install 'unirg\[radgraph\]'"):
-            reward.setup()
