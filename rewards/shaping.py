@@ -29,7 +29,8 @@ def length_band(candidates: list[str], references: list[str], *, low: int, high:
 def repetition(candidates: list[str], references: list[str], *, n: int = 4, **columns: Any) -> list[float]:
     """The share of a report's n-grams, or of its sentences where that is less, that stand there for the first time.
 
-    Words are compared in lower case, without punctuation. A report of fewer than n words has sentences alone.
+    Words are compared in lower case, without punctuation. N-grams lie within sentences: across them, a sentence said
+    again would make new ones, and could pay.
     """
     if n < 1:
         raise ValueError(f"n is {n}, expected at least 1")
@@ -112,12 +113,9 @@ class TemplateDuplicate:
 
 
 def _first_time(report: str, n: int) -> float:
-    words = _words(report)
-    if not words:
-        return 0.0
-    grams = list(zip(*(words[start:] for start in range(n)), strict=False))
     sentences = [words for sentence in _SENTENCE_END.split(report) if (words := _words(sentence))]
-    return min(len(set(items)) / len(items) for items in (grams, sentences) if items)
+    grams = [gram for words in sentences for gram in zip(*(words[start:] for start in range(n)), strict=False)]
+    return min((len(set(items)) / len(items) for items in (grams, sentences) if items), default=0.0)
 
 
 def _words(text: str) -> tuple[str, ...]:
