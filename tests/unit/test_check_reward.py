@@ -64,7 +64,7 @@ def test_a_breach_is_status_1(said) -> None:
         "WRONG empty text as a report: ZeroDivisionError: division by zero" in text
         and "own.py:8, in <listcomp>" in text
     )
-    assert "breaks the contract: see the 1 marked WRONG." in text
+    assert "breaks the contract: see the 2 marked WRONG." in text
     # The probes hold an empty report too.
     assert "What a policy would learn from it cannot be said: reward 'breaks' failed" in text
 

@@ -27,7 +27,7 @@ WRONG = {
     "text": ("return [str(s) for s in good(candidates, references)]", "returned '1.0' at index 0"),
     "silence_masked": (
         "return [s if c.strip() else None for c, s in zip(candidates, good(candidates, references))]",
-        "empty text is masked",
+        "an empty report is masked .None. where one is judged .study invented-1.",
     ),
     "ascii": (
         "[c.encode('ascii') for c in candidates]; return good(candidates, references)",
@@ -123,9 +123,17 @@ def test_what_cannot_be_checked_or_looks_odd_is_noted(check) -> None:
     ]
     source = "def brief(candidates, references):\n    '''It.'''\n    return [1 / (1 + len(c)) for c in candidates]\n"
     notes = [text for kind, text in check(source, "brief") if kind == "note"]
-    assert [text for text in notes if text.startswith("empty text scores 1, the study's own report 0.00")]
+    assert [text for text in notes if text.startswith("an empty report scores 1 where the study's own scores 0.00")]
     source = "def flat(candidates, references):\n    '''It.'''\n    return [0.5] * len(candidates)\n"
     assert [text for kind, text in check(source, "flat") if kind == "note" and "no direction" in text]
+
+
+def test_silence_is_tried_on_normal_studies_too(check) -> None:
+    """No finding said where there is none: full marks, unless silence is seen for what it is."""
+    source = "from unirg.extraction import is_normal\n\ndef normal(candidates, references):\n    '''It.'''\n"
+    source += "    return [float(is_normal(c) == is_normal(r)) for c, r in zip(candidates, references)]\n"
+    notes = [text for kind, text in check(source, "normal") if kind == "note"]
+    assert [text for text in notes if "fall silent (study invented-4: The lungs are clear." in text]
 
 
 def test_an_identity_that_no_manifest_can_keep(check) -> None:

@@ -69,6 +69,7 @@ ODD = {
     "2,000 words": " ".join(REFERENCES * 50),
     "10,000 letters without a space": "a" * 10_000,
 }
+PER_STUDY = 4
 ROUNDING = 1e-4
 """What batches of another make-up may change: a model pads them differently."""
 
@@ -100,8 +101,8 @@ def check_contract(reward: Reward) -> list[Finding]:
     except _Failed as failure:
         return [*findings, Finding("wrong", f"ordinary reports: {failure}")]
     findings += _about_values(scores)
-    findings += _odd_texts(reward, batch, scores[0])
-    for check in (_gaps, _no_columns, _no_rows, _again, _inputs):
+    findings += _silence(reward, batch, scores)
+    for check in (_odd_texts, _gaps, _no_columns, _no_rows, _again, _inputs):
         findings += check(reward, batch)
     findings += _order(reward, batch, scores)
     if reward.deduplicate:
@@ -112,13 +113,13 @@ def check_contract(reward: Reward) -> list[Finding]:
 
 
 def _ordinary(reward: Reward) -> tuple[ScoreBatch, list[str]]:
-    """Four reports of each study (its own, the next one's, half of its own, its own in capitals), and the columns that
-    the reward asks for by name and that no study has as such."""
+    """Reports of each study (its own, the next one's, half of its own, its own in capitals), and the columns that the
+    reward asks for by name and that no study has as such."""
     candidates, rows = [], []
     for row, own in enumerate(REFERENCES):
         words = own.split()
         candidates += [own, REFERENCES[(row + 1) % len(STUDIES)], " ".join(words[: len(words) // 2]), own.upper()]
-        rows += [row] * 4
+        rows += [row] * PER_STUDY
     columns = study_columns([STUDIES[row] for row in rows]) | {"truncated": [False] * len(rows)}
     parameters = list(inspect.signature(reward.function).parameters.values())[2:]
     required = [
@@ -145,22 +146,13 @@ def _about_values(scores: Scores) -> list[Finding]:
     return findings
 
 
-def _odd_texts(reward: Reward, batch: ScoreBatch, own: float | None) -> list[Finding]:
-    """Each odd text as a report about the first study, whose own report scores `own`."""
+def _odd_texts(reward: Reward, batch: ScoreBatch) -> list[Finding]:
+    """Each odd text as a report about the first study."""
     try:
-        scores = dict(zip(ODD, _score(reward, _rows(batch, [0] * len(ODD), list(ODD.values()))), strict=True))
+        _score(reward, _rows(batch, [0] * len(ODD), list(ODD.values())))
     except _Failed as together:
         return _failing_texts(reward, batch) or [Finding("wrong", f"odd reports in one batch: {together}")]
-    findings = [Finding("right", f"scores whatever is written: {', '.join(ODD)}")]
-    for name in ("empty text", "blanks"):
-        silence = scores[name]
-        if own is not None and silence is None:
-            said = f"{name} is masked (None) where a report is judged; give silence the lowest score"
-            findings.append(Finding("wrong", said))
-        elif own is not None and silence is not None and silence >= own:
-            said = f"{name} scores {silence:.3g}, the study's own report {own:.3g}: a policy may fall silent"
-            findings.append(Finding("note", said))
-    return findings
+    return [Finding("right", f"scores whatever is written: {', '.join(ODD)}")]
 
 
 def _failing_texts(reward: Reward, batch: ScoreBatch) -> list[Finding]:
@@ -172,6 +164,29 @@ def _failing_texts(reward: Reward, batch: ScoreBatch) -> list[Finding]:
         except _Failed as failure:
             findings.append(Finding("wrong", f"{name} as a report: {failure}"))
     return findings
+
+
+def _silence(reward: Reward, batch: ScoreBatch, scores: Scores) -> list[Finding]:
+    """No text about each study, beside its own report's score: a policy must not do well by saying nothing."""
+    rows = [row for row in range(0, len(scores), PER_STUDY) if scores[row] is not None]
+    try:
+        silent = _score(reward, _rows(batch, rows, [""] * len(rows)))
+    except _Failed as failure:
+        return [Finding("wrong", f"empty reports: {failure}")]
+    for row, silence in zip(rows, silent, strict=True):
+        study, own = batch.study_ids()[row], scores[row]
+        assert own is not None
+        if silence is None:
+            said = (
+                f"an empty report is masked (None) where one is judged (study {study}); give silence the lowest score"
+            )
+            return [Finding("wrong", said)]
+        if silence >= own:
+            said = (
+                f"an empty report scores {silence:.3g} where the study's own scores {own:.3g}: a policy may fall silent"
+            )
+            return [Finding("note", f"{said} (study {study}: {REFERENCES[row // PER_STUDY]})")]
+    return [Finding("right", "an empty report scores less than the study's own")] if rows else []
 
 
 def _gaps(reward: Reward, batch: ScoreBatch) -> list[Finding]:
