@@ -113,9 +113,11 @@ class Judge:
     def setup(self) -> None:
         """Read the API key and open the cache."""
         if self.api_key_env:
-            self._key = os.environ.get(self.api_key_env)
+            self._key = os.environ.get(self.api_key_env, "").strip()  # a key read from a file ends in a new line
             if not self._key:
                 raise RewardError(f"the judge's API key is missing: set the environment variable {self.api_key_env}")
+            if not (self._key.isascii() and self._key.isprintable()):  # said here, where the key is not quoted
+                raise RewardError(f"the environment variable {self.api_key_env} holds no API key: odd characters")
         self._cache = self._cache or JudgeCache(self.cache)
 
     def score(self, candidates: list[str], references: list[str], **columns: Any) -> list[float | None]:

@@ -37,7 +37,7 @@ def test_the_score_is_one_over_one_plus_the_errors(reward):
 
 
 def test_the_request_names_model_and_settings_and_shows_both_reports(reward, monkeypatch):
-    monkeypatch.setenv("MY_JUDGE_KEY", "secret")
+    monkeypatch.setenv("MY_JUDGE_KEY", "secret\n")
     extra = {"max_tokens": None, "max_completion_tokens": 77, "chat_template_kwargs": {"enable_thinking": False}}
     with serve(answer()) as server:
         loaded = reward(server, api_key_env="MY_JUDGE_KEY", request=extra)
@@ -66,6 +66,14 @@ def test_a_missing_key_is_an_error_before_any_request(reward, monkeypatch):
         with pytest.raises(RewardError, match="MY_JUDGE_KEY"):
             reward(server, api_key_env="MY_JUDGE_KEY").setup()
         assert server.bodies == []
+
+
+@pytest.mark.parametrize("key", ["sec\nret", "sécret", "sec\x7fret"])
+def test_a_key_that_no_header_can_hold_is_refused_unquoted(reward, monkeypatch, key):
+    monkeypatch.setenv("MY_JUDGE_KEY", key)
+    with serve(answer()) as server, pytest.raises(RewardError, match="MY_JUDGE_KEY") as said:
+        scores_of(reward(server, api_key_env="MY_JUDGE_KEY"))
+    assert "ret" not in str(said.value).replace("characters", "")
 
 
 def test_silence_and_endless_text_score_zero_unasked_and_a_blank_reference_masks(reward):
