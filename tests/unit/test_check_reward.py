@@ -71,7 +71,7 @@ def test_a_breach_is_status_1(said) -> None:
 
 def test_own_columns_cannot_be_probed_here(said) -> None:
     status, text = said("none")
-    assert status == 0 and "note needs 'age', a column of your own data" in text
+    assert status == 0 and "note needs 'age': a column of your own data" in text
     assert "cannot be said: reward" in text and "needs 'age'" in text
 
 

@@ -117,7 +117,7 @@ def test_one_that_compares_candidates_may_say_so(check) -> None:
 def test_what_cannot_be_checked_or_looks_odd_is_noted(check) -> None:
     source = "def old(candidates, references, age):\n    return [None if a is None else a / 100 for a in age]\n"
     notes = [text for kind, text in check(source, "old") if kind == "note"]
-    assert [text for text in notes if "needs 'age', a column of your own data" in text]
+    assert [text for text in notes if "needs 'age': a column of your own data" in text]
     assert [text for text in notes if "could judge none of 16" in text] and [
         text for text in notes if "docstring" in text
     ]

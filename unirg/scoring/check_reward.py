@@ -66,9 +66,11 @@ def _sentences(subject: Subject) -> list[str]:
     best = subject.outcomes[base][name]
     says = next(probe.says for probe in PROBES if probe.name == name)
     best_paid = f"{name} ({says}), {best.difference:+.3f} on average {WHERE[base]}"
-    hardly, minded = _listed(subject, "hardly"), _listed(subject, "moves")
+    wins = _listed(subject, "wins")
+    hardly = [found for found in _listed(subject, "hardly") if found not in wins]
+    minded = _listed(subject, "moves")
     if subject.wins:
-        others = [found for found in _listed(subject, "wins") if found != name]
+        others = [found for found in wins if found != name]
         sentences = [f"harm pays. Best paid is {best_paid}, a gain in {best.pays:.0%} of {best.judged}."]
         sentences += [f"It also pays for {', '.join(others)}."] if others else []
     else:

@@ -94,7 +94,8 @@ def check_contract(reward: Reward) -> list[Finding]:
     """
     batch, missing = _ordinary(reward)
     findings = [
-        Finding("note", f"needs '{name}', a column of your own data: it was given None here") for name in missing
+        Finding("note", f"needs '{name}': a column of your own data, None here, or an option to give ({name}=...)")
+        for name in missing
     ]
     try:
         scores = _score(reward, batch)
