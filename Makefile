@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 OPENI := $(or $(UNIRG_OPENI),$(CURDIR)/.cache/openi)
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds demo-openi test check openi clean
+.PHONY: help install demo demo-seeds demo-openi test test-parity check openi clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,28 @@ test: check ## all checks and tests; tests of real reports skip where these cann
 	-$(MAKE) --no-print-directory openi
 	UNIRG_OPENI=$(OPENI) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
+# Two environments beside the project's: official packages that live with its versions, and radgraph with the older ones
+# it needs. What cannot be had is skipped, and its tests say so.
+test-parity: install ## rewards beside the official packages, on the same random-weight archives
+	-$(MAKE) --no-print-directory .venv-parity/.installed
+	-$(MAKE) --no-print-directory .venv-radgraph/.installed
+	python=$(BIN)/python; test ! -e .venv-parity/.installed || python=.venv-parity/bin/python; \
+	UNIRG_RADGRAPH_PYTHON=$(CURDIR)/.venv-radgraph/bin/python OMP_NUM_THREADS=1 \
+		$$python -m pytest -q -rs tests/parity_official
+
+.venv-parity/.installed: tests/parity_official/requirements.txt constraints-cpu.txt
+	$(call environment,.venv-parity) -c constraints-cpu.txt -e . pytest -r $<
+	touch $@
+
+.venv-radgraph/.installed: tests/parity_official/requirements-radgraph.txt constraints-cpu.txt
+	$(call environment,.venv-radgraph) -r $<
+	touch $@
+
+# $(1), made with the CPU build of torch; what follows the call goes to its `pip install`.
+environment = test -x $(1)/bin/python || $(PYTHON) -m venv $(1); \
+	torch=$$(grep '^torch==' constraints-cpu.txt); pip="$(1)/bin/python -m pip install --quiet $(PIP_ARGS)"; \
+	($$pip "$$torch+cpu" 2>/dev/null || $$pip "$$torch") && $$pip
+
 check: install ## lint, format, types, recipes, reference page
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,5 +71,5 @@ check: install ## lint, format, types, recipes, reference page
 	$(BIN)/unirg recipe docs --check
 
 clean: ## remove what can be made again; run folders stay
-	rm -rf .venv .cache dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-parity .venv-radgraph .cache dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
