@@ -245,16 +245,7 @@ def show(name: str, results: dict[str, Any], unit: str) -> None:
     for column in ("packed, s", "dense, s", "TRL, s", "vs dense", "vs TRL", "vs TRL, one pass"):
         speed.add_column(column, justify="right")
     work = Table("P", "R", "G", title=f"{name}: what is saved against the dense path")
-    for column in (
-        "bound",
-        "tokens",
-        "FLOPs",
-        "of the bound",
-        "peak, MB",
-        "memory",
-        "memory vs TRL",
-        "log-probs differ",
-    ):
+    for column in ("bound", "tokens", "FLOPs", "of bound", "MB", "memory", "vs TRL", "differs by"):
         work.add_column(column, justify="right")
     for s in results["settings"]:
         key = (str(s["prompt"]), f"{min(s['answers'])}-{max(s['answers'])}", str(s["group"]))
