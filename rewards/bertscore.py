@@ -60,12 +60,14 @@ class BertScore:
         baseline: str | None = None,
         idf_corpus: str | None = None,
     ) -> None:
-        known_layer, known_baseline = KNOWN.get(model, (None, None))
-        if layer is None and known_layer is None:
+        known_layer, known_baseline = KNOWN.get(model, (0, None))
+        if layer is None and not known_layer:
             raise ValueError(
                 f"no layer is known for model '{model}'; name one with `layer` (known: {', '.join(KNOWN)})"
             )
-        self.layer = int(layer or known_layer or 0)
+        if baseline is not None and not rescale:
+            raise ValueError("a `baseline` is for rescaling, and rescale is false; leave one of them out")
+        self.layer: int = known_layer if layer is None else layer
         self.model, self.rescale, self.model_folder, self.idf_corpus = model, rescale, model_folder, idf_corpus
         self.baseline: float | None = None
         if rescale and baseline is not None:

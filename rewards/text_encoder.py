@@ -123,7 +123,8 @@ def load_encoder(name: str, layers: int, device: str) -> Encoder:
         raise RewardError(f"encoder {name} lacks {len(missing)} weights of its own configuration: {shown}")
     # RoBERTa counts positions from its padding id on, so that it has fewer than its table.
     offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    limit = min(tokenizer.model_max_length, config.max_position_embeddings - offset)
+    positions = getattr(config, "max_position_embeddings", None)  # absent where positions are relative
+    limit = min(tokenizer.model_max_length, positions - offset if positions else tokenizer.model_max_length)
     weights = str(getattr(config, "_commit_hash", None) or fingerprint(Path(name)))
     return Encoder(model.eval().to(device), tokenizer, limit, device, weights)
 

@@ -130,6 +130,8 @@ def test_layer_and_baseline_are_known_for_named_models_and_asked_for_otherwise(f
         ({"layer": 4}, "no baseline is known for layer 4"),  # distilroberta's 5th layer has another baseline
         ({"layer": 9, "baseline": str(folder / "baseline.tsv")}, "has no layer 9"),
         ({"layer": 1, "baseline": "/no/file.tsv"}, "/no/file.tsv cannot be read"),
+        ({"layer": 0}, "no baseline is known for layer 0"),
+        ({"rescale": False, "baseline": str(folder / "baseline.tsv")}, "rescale is false"),
     ):
         with pytest.raises(RewardError, match=message):
             load_reward("bertscore", options)
@@ -152,6 +154,25 @@ def test_the_layer_is_the_models_hidden_state_of_that_number(folder):
         expected = whole(torch.tensor([ids]), output_hidden_states=True).hidden_states[2]
     [(_, found)] = encoder.batches([ids])
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_distilbert_is_cut_at_the_layer_too(tmp_path):
+    # RadEval's bertscore is distilbert's; its configuration and its layers have other names
+    from transformers import BertTokenizer, DistilBertConfig, DistilBertModel
+
+    torch.manual_seed(0)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nlungs\nare\nclear\n.\n")
+    tokenizer = BertTokenizer(vocab=str(tmp_path / "vocab.txt"))
+    tokenizer.save_pretrained(tmp_path)
+    whole = DistilBertModel(DistilBertConfig(vocab_size=9, n_layers=3, dim=32, n_heads=2, hidden_dim=32)).eval()
+    whole.save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path), 2, "cpu")
+    ids = tokenizer("Lungs are clear.")["input_ids"]
+    with torch.no_grad():
+        expected = whole(torch.tensor([ids]), output_hidden_states=True).hidden_states[2]
+    [(_, found)] = encoder.batches([ids])
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert encoder.limit == 512
 
 
 def test_an_encoder_that_cannot_be_used_is_named(folder, tmp_path):
