@@ -124,6 +124,7 @@ def test_metrics_of_every_step(trained: Path) -> None:
     assert [r["step"] for r in records if "eval/positive_f1" in r] == [2, 4]
     for record in records[4:]:
         assert {"reward", "reward_std", "rewards/bleu/mean", "rewards/entity_f1/mean", "entropy", "loss"} <= set(record)
+        assert {"monitor/unique_outputs", "monitor/all_normal", "monitor/entities"} <= set(record)
         parts = 0.3 * record["rewards/bleu/mean"] + 0.7 * record["rewards/entity_f1/mean"]
         assert record["rewards/entity_f1/masked"] > 0 or record["reward"] == pytest.approx(parts, abs=1e-6)
 
