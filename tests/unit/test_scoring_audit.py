@@ -1,6 +1,7 @@
 """`unirg audit`: verdicts on rewards whose faults are known, the weighted sum, and exit statuses."""
 
 import json
+import re
 
 import pytest
 
@@ -192,9 +193,11 @@ def references(tmp_path):
 
 def test_status_1_where_a_harmful_change_wins_else_0(path, references, capsys, tmp_path):
     command = ["audit", "--references", str(references), "--rewards"]
-    assert main([*command, f"{path}:perfect"]) == 0
+    assert main([*command, f"{path}:perfect,{path}:same"]) == 0
     printed = capsys.readouterr().out
     assert "perfect: no harmful change wins" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("│empty"))
+    assert re.fullmatch(r"│empty +│ +5 / 3 │ +-1\.000 / -\.\d{3} │ +\+\.000~ / \+\.000~│", row)
     assert main([*command, f"{path}:perfect,{path}:length", "--json", "--plot", str(tmp_path / "a.png")]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["passes"] is False and found["tolerance"] == 0.05

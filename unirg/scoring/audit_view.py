@@ -1,5 +1,6 @@
 """An audit as a table, as sentences and as a picture."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,16 +112,17 @@ def _table(audit: Audit) -> Table:
     for subject in audit.subjects:
         table.add_column(Text(subject.label), justify="right")
     first = audit.subjects[0]
-    table.add_row("unchanged: mean score", "", *(_unchanged(subject) for subject in audit.subjects), style="dim")
-    costs = [f"{-subject.yardstick:+.3f}" for subject in audit.subjects]
-    table.add_row("another study's report", "", *costs, style="dim")
+    table.add_row("unchanged: scores", "", *(_unchanged(subject) for subject in audit.subjects), style="dim")
+    costs = [_short(-subject.yardstick) for subject in audit.subjects]
+    table.add_row("another study's", "", *costs, style="dim")
     table.add_section()
     for probe in PROBES:
         if not probe.harmful and PROBES[PROBES.index(probe) - 1].harmful:
             table.add_section()
+            table.add_row("harmless:", style="italic")
         of_probe = [first.outcomes[base][probe.name].reports for base in BASES]
         cells = [_cell(subject, probe.name) for subject in audit.subjects]
-        table.add_row(probe.name if probe.harmful else f"harmless: {probe.name}", _counts(of_probe), *cells)
+        table.add_row(probe.name, _counts(of_probe), *cells)
     return table
 
 
@@ -129,7 +131,7 @@ def _counts(reports: Sequence[int]) -> str:
 
 
 def _unchanged(subject: Subject) -> str:
-    return " / ".join("–" if (mean := subject.unchanged[base]) is None else f"{mean:.3f}" for base in BASES)
+    return " / ".join("–" if (mean := subject.unchanged[base]) is None else _short(mean) for base in BASES)
 
 
 def _cell(subject: Subject, probe: str) -> Text:
@@ -153,4 +155,9 @@ def _listed(subject: Subject, verdict: str) -> str:
 
 
 def _signed(outcome: Outcome) -> str:
-    return "–" if outcome.difference is None else f"{outcome.difference:+.3f}"
+    return "–" if outcome.difference is None else _short(outcome.difference, "+")
+
+
+def _short(value: float, sign: str = "-") -> str:
+    """`-.312`, `+.003`, `12.500`: no zero before the point."""
+    return re.sub(r"^([+-]?)0\.", r"\1.", f"{value:{sign}.3f}")
