@@ -44,6 +44,9 @@ def test_it_registers_its_reward(tmp_path: Path) -> None:
     project = tomllib.loads((new_reward("my_reward", tmp_path) / "pyproject.toml").read_text())
     assert project["project"]["entry-points"]["unirg.rewards"] == {"my_reward": "my_reward:my_reward"}
     assert project["tool"]["setuptools"]["py-modules"] == ["my_reward"]
+    # Only with this does setuptools install it editable by a path. By its import hook, the folder my_reward/, which is
+    # a namespace package to a Python started beside it (`python -m unirg`), would hide the module.
+    assert project["tool"]["setuptools"]["package-dir"] == {"": "."}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ $name = "$name:$name"
 
 [tool.setuptools]
 py-modules = ["$name"]
+package-dir = { "" = "." } # so that `pip install -e` is not hidden by a folder of this name beside you
 
 [tool.ruff]
 line-length = 120
