@@ -112,8 +112,8 @@ def load_encoder(name: str, layers: int, device: str) -> Encoder:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise RewardError(
-            f"encoder {name} cannot be loaded ({error}). Expected a folder with config.json, model.safetensors and the "
-            f"tokenizer's files, or a hub id; fetch it with `hf download {name} --local-dir FOLDER` where there is a "
+            f"encoder {name} cannot be loaded ({' '.join(str(error).split())}). Expected a folder with config.json, "
+            f"model.safetensors and the tokenizer's files, or a hub id; fetch it with `hf download {name} --local-dir FOLDER` where there is a "
             "network, and give FOLDER as `model_folder`"
         ) from error
     finally:

@@ -57,7 +57,8 @@ def chexbert_folder(folder: Path, layers: int = 2) -> Path:
     config.save_pretrained(bert)
     model = torch.nn.Module()
     model.bert = BertModel(config)
-    model.linear_heads = torch.nn.ModuleList(torch.nn.Linear(SIZES["hidden_size"], outputs) for outputs in (4,) * 13 + (2,))
+    width = SIZES["hidden_size"]
+    model.linear_heads = torch.nn.ModuleList(torch.nn.Linear(width, outputs) for outputs in (4,) * 13 + (2,))
     widen(model)
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     state["module.bert.embeddings.position_ids"] = torch.arange(512)[None]  # as releases of its time saved it
