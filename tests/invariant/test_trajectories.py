@@ -135,18 +135,28 @@ def test_prompts_read_once_per_study_or_once_per_report(straight: Path, tmp_path
     run = start(tmp_path, "run", "stages.grpo.shared_prefix=false")
     run_stages(run)
     assert_same(run, straight, 2e-3)  # the same rounding as of micro-batches
-    forwards = [json.loads((r / "manifest.json").read_text())["forwards"]["grpo"] for r in (run, straight)]
+    forwards = [json.loads((r / "manifest.json").read_text())["forwards"]["grpo"]["found"] for r in (run, straight)]
     assert "once per report" in forwards[0] and forwards[1].startswith("shared prefix (sdpa): ")
 
 
-def test_scores_from_workers_or_inline(straight: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scored", ["inline", "by workers that die"])
+def test_scores_from_workers_or_inline(straight: Path, tmp_path: Path, scored: str) -> None:
     """To the last bit: scoring draws on nothing of the policy's, and takes no part in the order of its sums."""
-    inline = start(tmp_path, "inline", "stages.grpo.rewards=[{name: 'tests_reward.py:closeness', worker: false}]")
-    run_stages(inline)
-    assert list((straight / "stages/grpo/workers/rewards").iterdir())
-    assert not (inline / "stages/grpo/workers").exists()
-    assert trajectory(inline) == trajectory(straight)
-    ours, expected = weights(inline), weights(straight)
+    inline = scored == "inline"
+    own = "stages.grpo.rewards=[{name: 'tests_reward.py:closeness', worker: false}]"
+    run = start(tmp_path, "run", *([own] if inline else []))
+    if not inline:  # every second call ends the process that has it
+        reward = tmp_path / "tests_reward.py"
+        reward.write_text(
+            "import os\nCALLS = []\n"
+            + reward.read_text().replace(
+                "    return", "    if CALLS or CALLS.append(1):\n        os._exit(1)\n    return"
+            )
+        )
+    run_stages(run)
+    assert (run / "stages/grpo/workers/rewards/worker-1.log").exists() != inline
+    assert trajectory(run) == trajectory(straight)
+    ours, expected = weights(run), weights(straight)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
 
 

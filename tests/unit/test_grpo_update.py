@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from tests.conftest import REPORTS, TINY
 from unirg.grpo.choose import choose_forward, share_prompts
 from unirg.grpo.forward import Forward
-from unirg.grpo.loop import load_reference, update
+from unirg.grpo.loop import first_pass, load_reference, update
 from unirg.grpo.loss import Normaliser
 from unirg.grpo.rollouts import Group
 from unirg.policy import Policy, PolicyConfig, load_policy
@@ -139,6 +139,37 @@ def test_split_groups_make_the_same_update(
         norm = torch.stack([g.norm() for g in results[0][2].values()]).norm()
         apart = torch.stack([(gradients[name] - g).norm() for name, g in results[0][2].items()]).norm()
         assert norm > 0 and apart / norm < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "later"), [({}, 0), ({"studies_per_forward": 3}, 1), ({"tokens_per_forward": 60}, 6)]
+)
+def test_a_forward_made_before_the_scores_makes_the_same_update(
+    tiny_policy: Policy, studies: list[Study], tmp_path: Path, options: dict[str, Any], later: int
+) -> None:
+    """Reports that turn out to be masked are in it, and train nothing; the others have no second forward."""
+    groups = sampled_groups(tiny_policy, studies)
+    work = grpo_work(tiny_policy, tmp_path, loss={"kl": 0.1}, **options)
+    reference = load_reference(work)
+    forward = forward_of(work, reference, groups)
+    results = []
+    for early in (False, True):
+        for group in groups:
+            group.trained = list(range(len(group.samples)))
+        first = first_pass(work, groups, forward, reference, Stopwatch()) if early else None
+        groups[0].trained, groups[1].trained = [1, 2], []
+        tiny_policy.model.zero_grad()
+        seen = count_passes({"policy": tiny_policy})
+        metrics = update(work, groups, counts(groups), forward, reference, Stopwatch(), first)
+        gradients = {name: p.grad.clone() for name, p in tiny_policy.model.named_parameters() if p.grad is not None}
+        results.append((seen["policy tokens"], metrics, gradients))
+    (_, expected, grads), (passes, metrics, ours) = results
+    assert passes == later
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    norm = torch.stack([g.norm() for g in grads.values()]).norm()
+    apart = torch.stack([(ours[name] - g).norm() for name, g in grads.items()]).norm()
+    assert norm > 0 and apart / norm < 1e-5
 
 
 def test_a_step_with_nothing_to_learn_from(tiny_policy: Policy, studies: list[Study], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from unirg.grpo.forward import answer_logps
 from unirg.policy import Policy
-from unirg.rollout import generate_reports, request_seed
+from unirg.rollout import Sample, generate_reports, request_seed
 from unirg.rollout.hf import HFSampler
 from unirg.study import Study
 
@@ -24,6 +24,21 @@ def test_a_sample_depends_on_its_prompt_and_seed_alone(tiny_policy: Policy, stud
     for a, b, c in zip(together, alone, split, strict=True):
         assert [s.ids for s in a] == [s.ids for s in b] == [s.ids for s in c]
     assert len({s.ids for group in together for s in group}) > 8
+
+
+def test_each_sample_is_told_once_as_it_is_finished(tiny_policy: Policy, studies: list[Study]) -> None:
+    tiny_policy.stop_ids = tuple(range(0, 400, 9))  # reports end at many lengths
+    told: list[tuple[int, int, Sample]] = []
+    prompts = [tiny_policy.encode(study) for study in studies]
+    seeds = [[request_seed(study.id, g) for g in range(4)] for study in studies]
+    groups = HFSampler(tiny_policy, rows_per_forward=8).sample(
+        prompts, seeds, temperature=1.0, max_new_tokens=40, finished=lambda i, g, sample: told.append((i, g, sample))
+    )
+    assert sorted((i, g) for i, g, _ in told) == [(i, g) for i in range(4) for g in range(4)]
+    assert all(groups[i][g] == sample for i, g, sample in told)
+    for first in (0, 8):  # in each decoding the shortest come first
+        lengths = [len(sample.ids) for _, _, sample in told[first : first + 8]]
+        assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

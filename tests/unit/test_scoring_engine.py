@@ -39,6 +39,10 @@ def _engine(path, *names, **more):
     return ScoringEngine([RewardConfig(name=f"{path}:{name}", **more) for name in names])
 
 
+def _score(engine):
+    return engine.collect(engine.submit(BATCH))
+
+
 BATCH = ScoreBatch(
     ["aa", "b", "aa", "aa", "aa"],
     ["r1", "r1", "r1", "r2", "r1"],
@@ -84,12 +88,12 @@ def test_a_failure_names_the_reward_and_the_studies(rewards):
     with pytest.raises(
         RewardError, match=r"reward 'fails' failed on studies 1, 2: KeyError: 'thing' \(.*own.py:12, in fails\)"
     ):
-        _engine(rewards, "length", "fails").submit(BATCH)
+        _score(_engine(rewards, "length", "fails"))
 
 
 def test_a_broken_contract_names_the_reward(rewards):
     with pytest.raises(RewardError, match="short' returned 1 scores for 4"):
-        _engine(rewards, "short").submit(BATCH)
+        _score(_engine(rewards, "short"))
 
 
 def test_two_rewards_of_one_label_are_refused():

@@ -4,10 +4,10 @@ One step: every study of the batch gets G reports from the policy; rewards score
 reward against its group; the policy is moved towards what scored better. Shapes: B reports in a micro-batch, T tokens
 of the longest.
 
-Workers score while the policy computes: the reports of the first studies while the next are sampled (where a step takes
-several decodings, `sampling.rows_per_forward`), and then during the first step's self-check and every step's first
-forward, the reference's included. Later forwards come after the scores: their activations would have to be held all at
-once. So does the first where scores decide what is trained (`train_on`, `resample`): most of it would be for nothing.
+Workers score while the policy computes: the reports that are finished while longer ones are sampled, and then during
+the first step's self-check and every step's first forward, the reference's included. Later forwards come after the
+scores: their activations would have to be held all at once. So does the first where scores decide what is trained
+(`train_on`, `resample`): most of it would be for nothing.
 `time/scoring_hidden` says what share of the rewards' time was hidden in this way. Without workers the order is the
 same, and so are the numbers.
 """
@@ -53,8 +53,8 @@ def run_grpo(
         batch, iteration = divmod(step, stage.iterations)
         first: Pass | None = None
         if iteration == 0:
-            submitted = sample_groups(work, sampler, engine, work.mine(work.step_studies(batch)), watch, batch)
-            groups = [group for _, some in submitted for group in some]
+            studies = work.mine(work.step_studies(batch))
+            groups, submitted = sample_groups(work, sampler, engine, studies, watch, batch)
             if "forward" not in held:
                 answers = [[sample.ids for sample in group.samples] for group in groups]
                 with watch("self-check"):

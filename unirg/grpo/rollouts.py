@@ -43,8 +43,11 @@ class Group:
 Shared = tuple[str, dict[str, list[float | None]], list[tuple[int, bool]]]
 """What ranks tell each other of a group: study id, scores by label, (length, truncated) of each report."""
 
-Submitted = list[tuple[int, list[Group]]]
-"""Groups whose reports are with the scoring engine, with the handles of their scores."""
+Submitted = list[tuple[int, list[tuple[Group, int]]]]
+"""Handles of scores, each with the groups and indices of the reports in its batch."""
+
+AT_ONCE = 64
+"""Reports are submitted as they are finished, at least so many at a time: models score in batches."""
 
 
 def sample_groups(
@@ -55,40 +58,53 @@ def sample_groups(
     watch: Stopwatch,
     batch: int,
     attempt: int = 0,
-) -> Submitted:
-    """Samples G reports for each study, as many studies at once as `sampling.rows_per_forward` holds, and submits them:
-    they are scored while the next are sampled.
+) -> tuple[list[Group], Submitted]:
+    """Samples G reports for each study, and submits them as they are finished: workers score the short ones while the
+    long ones are sampled. Where a reward compares a study's reports, all are submitted at the end.
 
     Seeds follow from run, step, study and sample, not from rank or batch shape.
     """
+    if not studies:
+        return [], []
     stage: GrpoStage = work.stage
-    at_once = max(1, stage.sampling.rows_per_forward // stage.group_size)
+    seeds = [[work.seed("sample", batch, attempt, s.id, g) for g in range(stage.group_size)] for s in studies]
     submitted: Submitted = []
-    for first in range(0, len(studies), at_once):
-        chosen = studies[first : first + at_once]
-        with watch("sampling"), work.accelerator.autocast():
-            prompts = [work.policy.encode(study) for study in chosen]
-            seeds = [[work.seed("sample", batch, attempt, s.id, g) for g in range(stage.group_size)] for s in chosen]
-            samples = sampler.sample(
-                prompts, seeds, temperature=stage.sampling.temperature, max_new_tokens=stage.sampling.max_new_tokens
-            )
-        groups = [Group(*parts) for parts in zip(chosen, prompts, samples, strict=True)]
-        with watch("scoring"):
-            submitted.append((engine.submit(score_batch(groups)), groups))
-    return submitted
+    ready: list[tuple[int, int, Sample]] = []
+
+    def submit() -> None:
+        ready.sort(key=lambda report: report[:2])  # a study's reports side by side
+        handle = engine.submit(score_batch([(groups[i].study, sample) for i, _, sample in ready]))
+        submitted.append((handle, [(groups[i], g) for i, g, _ in ready]))
+        ready.clear()
+
+    def finished(i: int, g: int, sample: Sample) -> None:
+        ready.append((i, g, sample))
+        if len(ready) >= AT_ONCE and not engine.compares:
+            submit()
+
+    with watch("sampling"), work.accelerator.autocast():
+        groups = [Group(study, work.policy.encode(study), []) for study in studies]
+        sampled = sampler.sample(
+            [group.prompt for group in groups],
+            seeds,
+            temperature=stage.sampling.temperature,
+            max_new_tokens=stage.sampling.max_new_tokens,
+            finished=finished,
+        )
+    if ready:
+        submit()
+    for group, samples in zip(groups, sampled, strict=True):
+        group.samples = samples
+    return groups, submitted
 
 
-def collect_scores(engine: ScoringEngine, submitted: Submitted, watch: Stopwatch) -> list[Group]:
-    """Waits for the scores and writes them to the groups, which are returned in the order of their studies."""
-    for handle, groups in submitted:
-        with watch("scoring"):
-            scores = engine.collect(handle)
-        first = 0
-        for group in groups:
-            last = first + len(group.samples)
-            group.scores = {label: values[first:last] for label, values in scores.items()}
-            first = last
-    return [group for _, groups in submitted for group in groups]
+def collect_scores(engine: ScoringEngine, submitted: Submitted, watch: Stopwatch) -> None:
+    """Waits for the scores and writes them to the groups."""
+    with watch("scoring"):
+        for handle, reports in submitted:
+            for label, values in engine.collect(handle).items():
+                for (group, g), value in zip(reports, values, strict=True):
+                    group.scores.setdefault(label, [None] * len(group.samples))[g] = value
 
 
 def judge_rollouts(
@@ -112,8 +128,9 @@ def judge_rollouts(
         spare = work.step_studies(batch + attempt * 7919)  # another part of the same endless permutation
         mine = work.mine(list(range(len(everyones))))
         replaced = [i for i, position in enumerate(mine) if position in dull]
-        again = sample_groups(work, sampler, engine, [spare[mine[i]] for i in replaced], watch, batch, attempt)
-        fresh = collect_scores(engine, again, watch)
+        wanted = [spare[mine[i]] for i in replaced]
+        fresh, submitted = sample_groups(work, sampler, engine, wanted, watch, batch, attempt)
+        collect_scores(engine, submitted, watch)
         for i, group in zip(replaced, fresh, strict=True):
             groups[i] = group
         everyones = work.everyones([(g.study.id, g.scores, _lengths(g)) for g in groups])
@@ -153,12 +170,11 @@ def failed_scores(work: StageRun, engine: ScoringEngine) -> dict[str, float]:
     return figures | dict(zip(names, work.accelerator.reduce(counts, "sum").tolist(), strict=True))
 
 
-def score_batch(groups: list[Group]) -> ScoreBatch:
-    """The groups' reports with their studies' texts and columns, one row per report."""
-    studies = [group.study for group in groups for _ in group.samples]
-    samples = [sample for group in groups for sample in group.samples]
-    columns = study_columns(studies) | {"truncated": [sample.truncated for sample in samples]}
-    return ScoreBatch([sample.text for sample in samples], [report_text(study) for study in studies], columns)
+def score_batch(reports: list[tuple[Study, Sample]]) -> ScoreBatch:
+    """The reports with their studies' texts and columns, one row per report."""
+    studies = [study for study, _ in reports]
+    columns = study_columns(studies) | {"truncated": [sample.truncated for _, sample in reports]}
+    return ScoreBatch([sample.text for _, sample in reports], [report_text(study) for study in studies], columns)
 
 
 def step_advantages(stage: GrpoStage, everyones: list[Shared]) -> AdvantageResult:

@@ -3,7 +3,7 @@
 Shapes: B prompts, P padded prompt length, N rows still decoding, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class HFSampler:
         *,
         temperature: float,
         max_new_tokens: int,
+        finished: Callable[[int, int, Sample], None] | None = None,
     ) -> list[list[Sample]]:
         """See `Sampler.sample`. Whole groups are decoded together, at most `rows_per_forward` rows at once."""
         model = self.policy.model
@@ -48,7 +49,8 @@ class HFSampler:
                 while last < len(prompts) and (last == first or rows + len(seeds[last]) <= self.rows_per_forward):
                     rows += len(seeds[last])
                     last += 1
-                groups += self._decode(prompts[first:last], seeds[first:last], temperature, max_new_tokens)
+                tell = None if finished is None else _shifted(finished, first)
+                groups += self._decode(prompts[first:last], seeds[first:last], temperature, max_new_tokens, tell)
                 first = last
             return groups
         finally:
@@ -62,6 +64,7 @@ class HFSampler:
         seeds: Sequence[Sequence[int]],
         temperature: float,
         max_new_tokens: int,
+        finished: Callable[[int, int, Sample], None] | None,
     ) -> list[list[Sample]]:
         policy, device = self.policy, self.policy.device
         logits_BV, cache, mask_BP = self._prefill(prompts)
@@ -76,6 +79,8 @@ class HFSampler:
         ids: list[list[int]] = [[] for _ in row_N]
         logps: list[list[float]] = [[] for _ in row_N]
         alive_N = np.ones(len(row_N), dtype=bool)
+        place_N = [(b, g) for b, group in enumerate(seeds) for g in range(len(group))]
+        samples: dict[tuple[int, int], Sample] = {}
         mrope = prompts[0].positions_3P is not None
         for step in range(max_new_tokens):
             token_N, logp_N = self._draw(logits_NV, uniform_NT[row_N, step], temperature)
@@ -85,6 +90,11 @@ class HFSampler:
                     ids[request].append(tokens[n])
                     logps[request].append(values[n])
                     alive_N[n] = tokens[n] not in policy.stop_ids
+                    if not alive_N[n] or step + 1 == max_new_tokens:
+                        text, place = policy.decode(ids[request]), place_N[request]
+                        samples[place] = Sample(tuple(ids[request]), tuple(logps[request]), text, bool(alive_N[n]))
+                        if finished is not None:
+                            finished(*place, samples[place])
             if not alive_N.any() or step + 1 == max_new_tokens:
                 break
             if (~alive_N).mean() >= DROP_SHARE:
@@ -102,15 +112,7 @@ class HFSampler:
                 use_cache=True,
             )
             logits_NV = out.logits[:, -1]
-        samples = [
-            Sample(tuple(i), tuple(p), policy.decode(i), i[-1] not in policy.stop_ids)
-            for i, p in zip(ids, logps, strict=True)
-        ]
-        groups, first = [], 0
-        for group in seeds:
-            groups.append(samples[first : first + len(group)])
-            first += len(group)
-        return groups
+        return [[samples[b, g] for g in range(len(group))] for b, group in enumerate(seeds)]
 
     def _prefill(self, prompts: Sequence[EncodedPrompt]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
         """Left-padded prompts through the model once: next-token logits (B, V), the cache, the attention mask (B,
@@ -143,6 +145,11 @@ class HFSampler:
             threshold_N1 = torch.from_numpy(uniform_N).to(cdf_NV)[:, None] * cdf_NV[:, -1:]
             token_N = torch.searchsorted(cdf_NV, threshold_N1, right=True)[:, 0].clamp(max=cdf_NV.shape[1] - 1)
         return token_N, logps_NV.gather(1, token_N[:, None])[:, 0]
+
+
+def _shifted(finished: Callable[[int, int, Sample], None], first: int) -> Callable[[int, int, Sample], None]:
+    """`finished` for a part of the prompts, which begins with number `first`."""
+    return lambda prompt, seed, sample: finished(first + prompt, seed, sample)
 
 
 def _keep_rows(cache: Any, rows_N: torch.Tensor) -> None:

@@ -46,9 +46,13 @@ class Sampler(Protocol):
         *,
         temperature: float,
         max_new_tokens: int,
+        finished: Callable[[int, int, Sample], None] | None = None,
     ) -> list[list[Sample]]:
         """For each prompt as many samples as it has seeds; a sample depends on its prompt, the weights and its seed
-        alone, not on what else is in the batch. Temperature 0 is greedy. Each prompt is prefilled once."""
+        alone, not on what else is in the batch. Temperature 0 is greedy. Each prompt is prefilled once.
+
+        `finished` is called once for each sample, as soon as it is known, with the prompt's place, the seed's and the
+        sample."""
         ...
 
 

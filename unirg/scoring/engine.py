@@ -1,6 +1,6 @@
 """The scoring engine: submit a batch of candidates, collect one list of scores per reward.
 
-There are two ways to run rewards. By default they run in the calling process, when a batch is submitted, and whatever
+There are two ways to run rewards. By default they run in the calling process, when a batch is collected, and whatever
 goes wrong is a RewardError: right for a command that someone waits for. Supervised, as training runs them, each reward
 runs as its config says, normally in a worker process that scores while the caller goes on (between submit and collect),
 that is killed where it hangs and started again where it died; a call that fails twice masks its samples (`on_error`).
@@ -12,8 +12,7 @@ import os
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,9 @@ from unirg.scoring.registry import load_reward
 from unirg.scoring.worker import described
 from unirg.scoring.worker_process import ATTEMPTS, Answer, Placed, Worker
 
+Call = Callable[[], Answer]
+"""Waits for a worker's answer, or computes it here."""
+
 
 @dataclass
 class _Part:
@@ -30,7 +32,7 @@ class _Part:
     for these, in order, each with its study ids."""
 
     position: list[int]
-    calls: list[tuple[list[str], "Answer | Future[Answer]"]] = field(default_factory=list)
+    calls: list[tuple[list[str], Call]] = field(default_factory=list)
 
 
 class ScoringEngine:
@@ -52,9 +54,7 @@ class ScoringEngine:
         self._handles = itertools.count()
         self._parts: dict[int, dict[str, _Part]] = {}
         self._failed = dict.fromkeys(labels, 0)
-        self._seconds: defaultdict[Worker | None, float] = defaultdict(
-            float
-        )  # that rewards took, here (None) and in each worker
+        self._seconds: defaultdict[Worker | None, float] = defaultdict(float)  # that rewards took, here and in workers
         self._waited = 0.0
         for label, reward in self._rewards.items():
             if self._configs[label].batch_size is not None and not reward.deduplicate:
@@ -68,13 +68,12 @@ class ScoringEngine:
     def submit(self, batch: ScoreBatch) -> int:
         """Hand over a batch; the answer is the handle to collect its scores with.
 
-        Raises RewardError naming the reward and the studies where a reward fails or breaks the contract, except that a
-        supervised engine leaves this to `collect`.
+        Raises RewardError where a reward's reference column does not exist.
         """
         handle, started = next(self._handles), time.perf_counter()
         parts: dict[str, _Part] = {}
-        for label in sorted(self._rewards, key=lambda label: label not in self._workers):  # workers start first
-            config, reward = self._configs[label], self._rewards[label]
+        for label, reward in self._rewards.items():
+            config = self._configs[label]
             references = _references(label, config.reference, batch)
             rows, position = _distinct(batch, references, merge=reward.deduplicate)
             part = parts[label] = _Part(position)
@@ -89,16 +88,17 @@ class ScoringEngine:
         """The scores of a submitted batch by reward label, in the batch's order. Each handle is collected once:
         KeyError after that, or for a handle that was never given.
 
-        A call that failed twice raises RewardError, naming the reward and the studies, where the reward's `on_error` is
-        `raise`; else its samples have None, a line on stderr says why, and `step_figures` counts them.
+        A reward that fails or breaks the contract raises RewardError, naming the reward and the studies. In a
+        supervised engine it has to fail twice, and its `on_error` to be `raise`; else its samples have None, a line on
+        stderr says why, and `step_figures` counts them.
         """
         parts, started = self._parts.pop(handle), time.perf_counter()
         collected: dict[str, list[float | None]] = {}
-        for label in self._rewards:
+        for label in sorted(self._rewards, key=lambda label: label in self._workers):  # workers may still be at it
             scores: list[float | None] = []
             lost: list[bool] = []
             for study_ids, call in parts[label].calls:
-                answer = call.result() if isinstance(call, Future) else call
+                answer = call()
                 if answer.scores is None:
                     failure = _failure(label, study_ids, answer.reason)
                     if self._configs[label].on_error == "raise":
@@ -110,7 +110,7 @@ class ScoringEngine:
             collected[label] = [scores[index] for index in parts[label].position]
             self._failed[label] += sum(lost[index] for index in parts[label].position)
         self._waited += time.perf_counter() - started
-        return collected
+        return {label: collected[label] for label in self._rewards}
 
     def step_figures(self) -> dict[str, float]:
         """What happened since this was last asked, to log: `rewards/<label>/failed`, candidates masked because their
@@ -131,6 +131,11 @@ class ScoringEngine:
             label: self._identities[label] | ({"reference": config.reference} if config.reference else {})
             for label, config in self._configs.items()
         }
+
+    @property
+    def compares(self) -> bool:
+        """Whether a reward compares the candidates of a batch: each study's must then be submitted together."""
+        return not all(reward.deduplicate for reward in self._rewards.values())
 
     def close(self) -> None:
         """Ends the worker processes. What was submitted and not collected is lost."""
@@ -171,10 +176,8 @@ class ScoringEngine:
         for future in identities:
             self._identities |= future.result()
 
-    def _call(
-        self, label: str, batch: ScoreBatch, references: list[str], rows: list[int]
-    ) -> tuple[list[str], "Answer | Future[Answer]"]:
-        """The study ids of `rows` of the batch, and the reward's answer on them, now or later."""
+    def _call(self, label: str, batch: ScoreBatch, references: list[str], rows: list[int]) -> tuple[list[str], Call]:
+        """The study ids of `rows` of the batch, and what gives the reward's answer on them."""
 
         def chosen(values: list[Any]) -> list[Any]:
             return [values[row] for row in rows]
@@ -182,17 +185,21 @@ class ScoringEngine:
         study_ids, candidates, truths = chosen(batch.study_ids()), chosen(batch.candidates), chosen(references)
         columns = {name: chosen(values) for name, values in batch.columns.items()}
         if worker := self._workers.get(label):
-            return study_ids, worker.score(label, candidates, truths, columns, self._configs[label].timeout)
-        started, reason = time.perf_counter(), ""
-        for _ in range(ATTEMPTS if self._supervised else 1):
-            try:
-                scores = self._rewards[label].score(candidates, truths, **columns)
-                return study_ids, Answer(scores, "", time.perf_counter() - started)
-            except Exception as error:  # whatever a reward raises
-                reason = described(error)
-                if not self._supervised:
-                    raise _failure(label, study_ids, reason) from error
-        return study_ids, Answer(None, reason, time.perf_counter() - started)
+            return study_ids, worker.score(label, candidates, truths, columns, self._configs[label].timeout).result
+
+        def here() -> Answer:
+            started, reason = time.perf_counter(), ""
+            for _ in range(ATTEMPTS if self._supervised else 1):
+                try:
+                    scores = self._rewards[label].score(candidates, truths, **columns)
+                    return Answer(scores, "", time.perf_counter() - started)
+                except Exception as error:  # whatever a reward raises
+                    reason = described(error)
+                    if not self._supervised:
+                        raise _failure(label, study_ids, reason) from error
+            return Answer(None, reason, time.perf_counter() - started)
+
+        return study_ids, here
 
 
 def place(label: str, device: str) -> str:
