@@ -19,7 +19,7 @@ from unirg.scoring.contract import RewardError
 if TYPE_CHECKING:
     import torch
 
-TOKENS = {"cpu": 1024, "cuda": 16384}  # padded tokens of one forward; a CPU gains nothing by more
+TOKENS = {"cpu": 512, "cuda": 16384}  # padded tokens of one forward; on a CPU larger batches are slower
 SHARES = "text encoders"
 """The `shares` of the rewards that run these models: they stand in one process and load each model once."""
 
@@ -113,8 +113,8 @@ def load_encoder(name: str, layers: int, device: str) -> Encoder:
     except (OSError, ValueError, RuntimeError) as error:
         raise RewardError(
             f"encoder {name} cannot be loaded ({' '.join(str(error).split())}). Expected a folder with config.json, "
-            f"model.safetensors and the tokenizer's files, or a hub id; fetch it with `hf download {name} --local-dir FOLDER` where there is a "
-            "network, and give FOLDER as `model_folder`"
+            f"model.safetensors and the tokenizer's files, or a hub id; fetch it with `hf download {name} --local-dir "
+            "FOLDER` where there is a network, and give FOLDER as `model_folder`"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
