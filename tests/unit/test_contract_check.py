@@ -125,7 +125,9 @@ def test_what_cannot_be_checked_or_looks_odd_is_noted(check) -> None:
     notes = [text for kind, text in check(source, "brief") if kind == "note"]
     assert [text for text in notes if text.startswith("an empty report scores 1 where the study's own scores 0.00")]
     source = "def flat(candidates, references):\n    '''It.'''\n    return [0.5] * len(candidates)\n"
-    assert [text for kind, text in check(source, "flat") if kind == "note" and "no direction" in text]
+    source += "\nflat.evaluation_only = 'it is flat'\n"
+    notes = [text for kind, text in check(source, "flat") if kind == "note"]
+    assert [text for text in notes if "no direction" in text] and [text for text in notes if "(it is flat)" in text]
 
 
 def test_silence_is_tried_on_normal_studies_too(check) -> None:

@@ -37,6 +37,12 @@ class Kept:
         inside.pop()
         return scores
 
+class Vain:
+    evaluation_only = "it counts adjectives"
+
+    def score(self, candidates, references, **columns):
+        return [0.5] * len(candidates)
+
 def by_site(candidates, references, site):
     return [float(name == "A") for name in site]
 '''
@@ -127,7 +133,7 @@ def test_trl_a_conversations_report_is_its_last_message() -> None:
     assert scores[0] == 1.0 and scores[1] == 0.0
 
 
-def test_trl_says_what_it_cannot_use() -> None:
+def test_trl_says_what_it_cannot_use(file: Path) -> None:
     with pytest.raises(RewardError, match=r"takes column 'ground_truth' as reference; the data has: prompts, report\."):
         trl_reward("bleu")(prompts=["p"], completions=["x"], report=["y"])
     with pytest.raises(RewardError, match="reference of row 1 is a list, expected a text"):
@@ -138,6 +144,10 @@ def test_trl_says_what_it_cannot_use() -> None:
         trl_reward("bleu")(completions=[3], ground_truth=["y"])
     with pytest.raises(RewardError, match=r"no option 'varient' \(nearest: variant\)"):
         trl_reward("bleu", {"varient": "coco4"})
+    with pytest.raises(
+        RewardError, match=r"own.py:Vain' is for evaluation only, not to train on: it counts adjectives"
+    ):
+        trl_reward(f"{file}:Vain")
 
 
 def test_log_names(file: Path) -> None:

@@ -3,8 +3,9 @@
     GRPOTrainer(reward_funcs=[trl_reward("entity_f1"), trl_reward("bleu", {"variant": "rexrank"})], ...)
 
 Rewards are named as everywhere in UniRG: an installed name, `path/to/file.py:function`, `package.module:function`. They
-are looked up at once, so that a misspelt name or option fails before training does, and load their models at the first
-score. Nothing of the other framework is imported. What a wrapped reward answers is the reward's own score, unchanged.
+are looked up at once, so that a misspelt name or option, or a reward that is for evaluation only, fails before training
+does; they load their models at the first score. Nothing of the other framework is imported. What a wrapped reward
+answers is the reward's own score, unchanged.
 
 None, "cannot judge", reaches TRL and ms-swift as it is: both leave the sample out of that reward. verl and EasyR1 know
 no such thing. There a None is an error, unless `unscored` says what it is to count as.
@@ -154,6 +155,8 @@ def _scorer(name: str, options: Options | None, device: str) -> Score:
     """The reward's scores, its model loaded at the first call. verl calls from several threads at once, and neither
     models' tokenizers nor a reward's own caches need to stand that: one call runs at a time."""
     reward = load_reward(name, options)
+    if reward.evaluation_only:
+        raise RewardError(f"reward '{name}' is for evaluation only, not to train on: {reward.evaluation_only}")
     lock, ready = threading.Lock(), False
 
     def score(candidates: list[str], references: list[str], columns: dict[str, list[Any]]) -> list[float | None]:

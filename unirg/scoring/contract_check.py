@@ -294,6 +294,8 @@ def _says_of_itself(reward: Reward) -> list[Finding]:
         json.dumps(reward.identity)
     except Exception as error:
         findings.append(Finding("wrong", f"`identity` cannot be kept in a run's manifest: {_described(error)}"))
+    if reward.evaluation_only:
+        findings.append(Finding("note", f"is for evaluation only ({reward.evaluation_only}): training refuses it"))
     if not inspect.getdoc(reward.written):
         findings.append(
             Finding("note", "has no docstring: its first line is what `unirg rewards` says that it measures")
