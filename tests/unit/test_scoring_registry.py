@@ -54,6 +54,13 @@ def test_a_function_without_columns_gets_those_it_names(own_file):
     assert reward.score(["x"], [""], labels=[{"effusion": 1}], patient=["p"]) == [1.0]
 
 
+def test_an_option_stands_though_a_column_has_its_name(tmp_path):
+    """Every study has a column `language`; a function's own `language` is what the recipe says."""
+    path = tmp_path / "speaks.py"
+    path.write_text("def speaks(candidates, references, *, language='en', **columns):\n    return [language == 'de']\n")
+    assert load_reward(f"{path}:speaks", {"language": "de"}).score(["x"], ["y"], language=["en"]) == [1.0]
+
+
 def test_a_missing_column_is_named(own_file):
     with pytest.raises(RewardError, match="needs 'age'"):
         load_reward(f"{own_file}:wants").score(["x"], [""], labels=[{}])

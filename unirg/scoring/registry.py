@@ -77,6 +77,8 @@ class Reward:
         """
         ids = [str(name) for name in columns.get("study_id", range(len(candidates)))]
         parameters = list(inspect.signature(self.function).parameters.values())
+        if isinstance(self.function, functools.partial):  # a function's option stands, though a column has its name
+            columns = {name: values for name, values in columns.items() if name not in self.function.keywords}
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
             columns = {p.name: columns[p.name] for p in parameters if p.name in columns}
         for parameter in parameters[2:]:
