@@ -19,6 +19,19 @@ def none(candidates, references, age):
     """Needs what generated studies have not."""
     return [a and a / 100 for a in age]
 
+def exits(candidates, references):
+    """Ends the process."""
+    raise SystemExit(3)
+
+class unbuilt:
+    """No model either."""
+
+    def __init__(self):
+        raise RuntimeError("no weights")
+
+    def score(self, candidates, references):
+        return []
+
 class Fails:
     """No model."""
 
@@ -69,6 +82,11 @@ def test_a_breach_is_status_1(said) -> None:
     assert "What a policy would learn from it cannot be said: reward 'breaks' failed" in text
 
 
+def test_one_that_exits_is_told_so(said) -> None:
+    status, text = said("exits")
+    assert status == 1 and "WRONG ordinary reports: SystemExit: 3" in text and "cannot be said: SystemExit: 3" in text
+
+
 def test_own_columns_cannot_be_probed_here(said) -> None:
     status, text = said("none")
     assert status == 0 and "note needs 'age': a column of your own data" in text
@@ -77,7 +95,9 @@ def test_own_columns_cannot_be_probed_here(said) -> None:
 
 def test_what_cannot_be_loaded_or_set_up_is_bad_input(said, capsys) -> None:
     status, text = said("Fails")
-    assert status == 2 and text.endswith("cannot be set up: FileNotFoundError: model.pt")
+    assert status == 2 and "own.py:Fails' cannot be set up: FileNotFoundError: model.pt (" in text
+    status, text = said("unbuilt")
+    assert status == 2 and "own.py:unbuilt' cannot be set up: RuntimeError: no weights (" in text
     assert main(["rewards", "check", "bleu,rouge_l"]) == 2
     assert "names 2 rewards" in capsys.readouterr().err
     assert main(["rewards", "check", "no_such"]) == 2

@@ -11,6 +11,7 @@ from unirg.scoring.contract import RewardConfig, RewardError
 from unirg.scoring.contract_check import check_contract
 from unirg.scoring.probes import PROBES
 from unirg.scoring.registry import load_reward
+from unirg.scoring.worker import described
 
 STUDIES = 24
 """Generated studies whose reports are changed: about 700 texts to score."""
@@ -28,13 +29,13 @@ def check_reward(text: str) -> int:
     configs = parse_rewards(text)
     if len(configs) != 1:
         raise RewardError(f"'{text}' names {len(configs)} rewards; `unirg rewards check` takes one")
-    reward = load_reward(configs[0].name, configs[0].options)
     try:
+        reward = load_reward(configs[0].name, configs[0].options)
         reward.setup()
     except UserError:
         raise
     except Exception as error:  # whatever the reward's own code raises
-        raise RewardError(f"reward '{text}' cannot be set up: {type(error).__name__}: {error}") from error
+        raise RewardError(f"reward '{text}' cannot be set up: {described(error)}") from error
     findings = check_contract(reward)
     for finding in findings:
         label = "WRONG" if finding.kind == "wrong" else finding.kind
@@ -50,8 +51,8 @@ def _lesson(config: RewardConfig) -> str:
     studies = load_phantom(PhantomData(train=STUDIES, reports="complete"), "train")
     try:
         audit = audit_rewards(config.name, [config], studies, [report_text(study) for study in studies])
-    except UserError as error:
-        return f"What a policy would learn from it cannot be said: {error}"
+    except (UserError, SystemExit) as error:
+        return f"What a policy would learn from it cannot be said: {described(error)}"
     (subject,) = audit.subjects
     intro = f"What a policy would learn from it, by changes of {audit.studies} generated reports:"
     own = "`unirg audit --rewards NAME --references FILE` asks the same of your own reports."

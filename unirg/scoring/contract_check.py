@@ -10,13 +10,13 @@ import copy
 import inspect
 import json
 import math
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from unirg.scoring.contract import RewardError, ScoreBatch, study_columns
 from unirg.scoring.registry import Reward
+from unirg.scoring.worker import described
 from unirg.study import Study
 
 Scores = list[float | None]
@@ -220,7 +220,7 @@ def _no_columns(reward: Reward, batch: ScoreBatch) -> list[Finding]:
         if told:
             return [Finding("right", f"data without a column that it needs is refused: {error}")]
         hint = "name the columns you need as parameters, and the error names what is missing"
-        return [Finding("wrong", f"data without columns: {_described(error)}; {hint}")]
+        return [Finding("wrong", f"data without columns: {described(error)}; {hint}")]
     return [Finding("right", "does without any column")]
 
 
@@ -293,7 +293,7 @@ def _says_of_itself(reward: Reward) -> list[Finding]:
     try:
         json.dumps(reward.identity)
     except Exception as error:
-        findings.append(Finding("wrong", f"`identity` cannot be kept in a run's manifest: {_described(error)}"))
+        findings.append(Finding("wrong", f"`identity` cannot be kept in a run's manifest: {described(error)}"))
     if reward.evaluation_only:
         findings.append(Finding("note", f"is for evaluation only ({reward.evaluation_only}): training refuses it"))
     if not inspect.getdoc(reward.written):
@@ -339,11 +339,4 @@ def _score(reward: Reward, batch: ScoreBatch, *, own_lists: bool = False) -> Sco
     try:
         return reward.score(given.candidates, given.references, **given.columns)
     except (Exception, SystemExit) as error:
-        raise _Failed(_described(error)) from error
-
-
-def _described(error: BaseException) -> str:
-    if isinstance(error, RewardError):
-        return str(error)
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({where.filename}:{where.lineno}, in {where.name})"
+        raise _Failed(described(error)) from error
