@@ -219,9 +219,9 @@ class _Report:
     """A report as the encoder is shown it: `ids`, in rows of `max_length` where it is longer; and which of these
     (`reads`) make up which word (`word_of_read`).
 
-    `ends` are the ids that open and close a row. None stands for a tokenizer of no class of its own, as ModernBERT's:
-    with transformers 4 the official package then adds no ends but counts one in, so that each word reads the pieces one
-    further on, and rows within a long report lose their ends. Its modern-RadGraph-XL answers so, and this one does.
+    `ends` are the ids that open and close a row. None stands for a tokenizer of the generic class, as is usual for
+    ModernBERT: with transformers 4 the official package then adds no ends but counts one in, so that each word reads
+    the pieces one further on, and rows within a long report lose their ends. That is what it answers, so it is kept.
     """
 
     def __init__(self, words: Words, pieces: list[list[int]], ends: tuple[int, int] | None, max_length: int) -> None:

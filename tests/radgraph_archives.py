@@ -48,12 +48,14 @@ def write_archive(
     heads: int = 2,
     max_length: int = 64,
     scorer_width: int = 24,
+    layer_scale: float = 1.5,
     ner_bias: float = -1.5,
     relation_bias: float = 0.0,
     packed: bool = False,
 ) -> Path:
     """Writes `<folder>/<model>/` (or `<model>.tar.gz` with `packed`) and, in `<folder>/encoder-of-<model>/`, what
-    stands for the hub id of its encoder. Returns `folder`. `max_length` is where the encoder folds long reports."""
+    stands for the hub id of its encoder. Returns `folder`. `max_length` is where the encoder folds long reports.
+    Many layers need a small `layer_scale`, or all words become alike."""
     rng = np.random.default_rng(0)
 
     def drawn(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -78,7 +80,7 @@ def write_archive(
             weights[ENCODER + name] = torch.ones(value.shape)
         else:
             # Token embeddings are wide, so that words differ; layers keep the scale of what goes through them.
-            wide = 1.0 if "embeddings" in name or value.dim() == 1 else 1.5 / value.shape[-1] ** 0.5
+            wide = 1.0 if "embeddings" in name or value.dim() == 1 else layer_scale / value.shape[-1] ** 0.5
             weights[ENCODER + name] = drawn(*value.shape, scale=0.2 if value.dim() == 1 else wide)
     weights |= _span_layers(model, drawn, hidden, scorer_width, ner_bias, relation_bias)
 
