@@ -64,6 +64,10 @@ WRONG = {
         "return [1.0 / candidates.count(c) for c in candidates]",
         "reports that come twice in a batch score otherwise",
     ),
+    "nine": (
+        "assert len(candidates) != 9; return good(candidates, references)",
+        "odd reports in one batch: AssertionError",
+    ),
     "exits": ("raise SystemExit(3)", "ordinary reports: SystemExit: 3"),
 }
 
