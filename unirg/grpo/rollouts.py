@@ -46,7 +46,7 @@ Shared = tuple[str, dict[str, list[float | None]], list[tuple[int, bool]]]
 Submitted = list[tuple[int, list[tuple[Group, int]]]]
 """Handles of scores, each with the groups and indices of the reports in its batch."""
 
-AT_ONCE = 64
+AT_ONCE = 32
 """Reports are submitted as they are finished, at least so many at a time: models score in batches."""
 
 
