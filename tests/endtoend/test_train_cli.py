@@ -281,7 +281,7 @@ def test_stages_side_by_side_one_of_which_fails(tmp_path: Path, capfd: pytest.Ca
     settings["data"]["files"] = {split: str(tmp_path / f"{split}.jsonl") for split in rows}
     short = {"steps": 1, "studies_per_step": 2, "start": "policy"}
     sft, grpo = ({k: v for k, v in s.items() if k not in ("evaluate_every", "keep")} for s in settings["stages"])
-    settings["stages"] = [sft | short, grpo | short | {"rewards": [{"name": f"{reward}:own"}]}]
+    settings["stages"] = [sft | short, grpo | short | {"rewards": [{"name": f"{reward}:own", "on_error": "raise"}]}]
     settings |= {"jobs": 2, "evaluation": {"splits": ["test"], "sampled": False, "draws": 20}}
     path = str(write(tmp_path, rows, settings))
 
