@@ -67,14 +67,16 @@ def read_archive(model: str, model_folder: str | None) -> Archive:
     ner_labels, relation_labels = (_labels(files[name]) for name in names.values())
     if not ner_labels or ner_labels[0]:
         raise ValueError(f"{path}: the first line of {names['ner']} must be empty (it stands for no entity)")
-    config = json.loads(files["config.json"])
     try:
+        config = json.loads(files["config.json"])
         source = config["model"]["embedder"]["token_embedders"]["bert"]
         modules, losses = config["model"]["modules"], config["model"]["loss_weights"]
         name, propagated = str(source["model_name"]), modules["coref"].get("coref_prop", 0)
         max_length, max_span_width = int(source["max_length"]), int(config["dataset_reader"]["max_span_width"])
         spans_per_word = float(modules["relation"]["spans_per_word"])
         scored = losses["ner"] > 0 and losses["relation"] > 0
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: config.json is no JSON ({error}); fetch the archive again") from error
     except KeyError as error:
         raise ValueError(
             f"{path}: config.json has no {error}; expected the configuration of a RadGraph model"

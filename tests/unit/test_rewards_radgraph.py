@@ -355,6 +355,10 @@ SPOILT = {
         lambda copy: spoil(copy, lambda config: config["model"].pop("modules")),
         "config.json has no 'modules'",
     ),
+    "half a configuration": (
+        lambda copy: (copy / "config.json").write_text('{"model": '),
+        "config.json is no JSON",
+    ),
     "coreference": (
         lambda copy: spoil(copy, lambda config: config["model"]["modules"]["coref"].update(coref_prop=2)),
         "coref_prop 2",
