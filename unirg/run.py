@@ -32,7 +32,6 @@ PACKAGES = (
     "datasets",
     "numpy",
     "pillow",
-    "radgraph",
     "vllm",
 )
 
