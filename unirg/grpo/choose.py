@@ -144,7 +144,10 @@ def _kernel(work: StageRun, prompts: Sequence[EncodedPrompt], answers: Answers) 
     if work.accelerator.is_main_process:
         row = tuple(_row(prompts, answers, work.stage.tokens_per_forward))
         kept = _kept_kernel(work)
-        tell = lambda text: say(work.accelerator, work.stage.name, escape(text))  # noqa: E731
+
+        def tell(text: str) -> None:
+            say(work.accelerator, work.stage.name, escape(text))
+
         chosen = [kept if kept in kernels else fastest_kernel(policy, row, kernels, tell)]
     broadcast_object_list(chosen)
     return chosen[0]
