@@ -15,7 +15,8 @@ from unirg.grpo import choose, prefix_attention, shared_prefix
 from unirg.grpo.choose import choose_forward, fastest_kernel, self_check, share_prompts
 from unirg.grpo.forward import DENSE, Forward
 from unirg.grpo.prefix_attention import PackedStudy
-from unirg.policy import Policy
+from unirg.policy import Policy, PolicyConfig, load_policy
+from unirg.prompt import PromptConfig
 from unirg.recipe.schema import GrpoStage
 from unirg.rollout.hf import HFSampler
 from unirg.study import Study
@@ -115,6 +116,17 @@ def test_float32_weights_are_checked_in_float32_where_a_run_computes_in_bfloat16
     fault(monkeypatch)
     with pytest.raises(UserError, match=r"float32, allowed 0\.0001"):
         chosen(work_of(policy, tmp_path), prompts, answers)
+
+
+def test_adapters_on_bfloat16_weights_are_checked_in_bfloat16(
+    sampled: Any, studies: list[Study], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy, _, answers = sampled
+    policy.save(tmp_path / "model")
+    config = PolicyConfig(model=str(tmp_path / "model"), lora={"rank": 2}, dtype="bfloat16")
+    policy = load_policy(config, PromptConfig(style="short"))
+    forward = chosen(work_of(policy, tmp_path), [policy.encode(study) for study in studies], answers)
+    assert forward.name == "shared prefix (sdpa)" and "bfloat16, allowed 0.12" in capsys.readouterr().out
 
 
 def test_log_probs_that_are_no_numbers_stop_the_run(

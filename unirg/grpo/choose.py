@@ -65,9 +65,9 @@ def _checked(
     work: StageRun, forward: Forward, kernel: Kernel, prompts: Sequence[EncodedPrompt], answers: Answers
 ) -> tuple[Forward, str]:
     stage, policy = work.stage, work.policy
-    half = policy.base.get_input_embeddings().weight.dtype != torch.float32
-    dtype = "bfloat16" if half or kernel == "flash" else "float32"
-    with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=kernel == "flash"):
+    half = kernel == "flash" or policy.base.get_input_embeddings().weight.dtype != torch.float32
+    dtype = "bfloat16" if half else "float32"
+    with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=half):
         difference, studies = self_check(policy, forward, prompts, answers, stage.tokens_per_forward)
     everyones = work.accelerator.gather(torch.tensor([difference], device=work.accelerator.device))
     worst, allowed = float(everyones.nan_to_num(nan=torch.inf).max()), TOLERANCE[dtype]
