@@ -26,10 +26,10 @@ from unirg.training import StageRun, say
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.12}
 """The largest root mean square difference of log-probs, in nats at temperature 1, by precision.
 
-On SmolLM2-135M (CPU, four reports) rounding gave 5e-6 in float32 and .045 to .062 in bfloat16, where the dense path was
-itself .048 away from float32. Positions off by one gave .29 to .56 (on texts that repeat themselves .14), a hidden
-prompt token .78, a mask that leaks between answers 2.2, in either precision. So float32 shows any fault, and bfloat16
-the plain ones in a trained model; a random one moves too little.
+On SmolLM2-135M (`benchmarks/self_check.py`, CPU) rounding gave 5e-6 in float32 and up to .061 in bfloat16, where the
+dense path was itself .049 away from float32. Positions off by one gave .29 to .56 (on texts that repeat themselves as
+little as .12), a hidden prompt token .59 to .79, a mask that leaks between answers 2.1 to 2.3, in either precision. So
+float32 shows any fault, and bfloat16 the plain ones in a trained model; a random one moves too little.
 """
 
 Answers = Sequence[Sequence[Sequence[int]]]
