@@ -237,8 +237,9 @@ class Policy:
             return {}
         device = self.device
         names = next(p.images for p in prompts if p.images).keys()
-        sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
-        shareable = len(rows) > len(prompts) and not sharded and set(names) == {"pixel_values", "image_grid_thw"}
+        shareable = len(rows) > len(prompts) and set(names) == {"pixel_values", "image_grid_thw"}
+        if shareable:
+            shareable = not any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
         if shareable and "mm_encoder_outputs" in self.forward_takes:
             grids = torch.cat([p.images["image_grid_thw"] for p in prompts if p.images]).to(device)
             pixels = torch.cat([p.images["pixel_values"] for p in prompts if p.images]).to(device)
