@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import pickle
-import queue
 import signal
 import socket
 import struct
@@ -18,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from unirg.scoring.contract import RewardError
+from unirg.scoring.job_thread import JobThread
 
 SETUP_SECONDS = 1800.0
 """What a reward may take to load, a download included."""
@@ -79,19 +78,18 @@ class Worker:
         self._ready: set[str] = set()  # the labels that this process has set up
         self._lock = threading.Lock()  # of start against close
         self._closed = False
-        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, name="reward worker", daemon=True)
-        self._thread.start()
+        self._jobs = JobThread("reward worker")
 
     def setup(self) -> "Future[dict[str, dict[str, Any]]]":
         """Starts the process and sets all rewards up; the result is their identities by label, or a RewardError."""
-        return self._later(lambda: {label: self._set_up(label) for label in self._rewards})
+        return self._jobs.later(lambda: {label: self._set_up(label) for label in self._rewards})
 
     def score(
         self, label: str, candidates: list[str], references: list[str], columns: dict[str, list[Any]], timeout: float
     ) -> "Future[Answer]":
         """Asks reward `label`; a failed request is repeated once, in a fresh process."""
-        return self._later(lambda: self._attempts(label, ("score", label, candidates, references, columns), timeout))
+        request = ("score", label, candidates, references, columns)
+        return self._jobs.later(lambda: self._attempts(label, request, timeout))
 
     def close(self) -> None:
         """Kills the process with all that it started. What is asked and not answered fails."""
@@ -99,23 +97,9 @@ class Worker:
             self._closed = True
             if self._process is not None:
                 _kill_group(self._process)  # the thread hears of it, and does the rest
-        self._jobs.put(None)
-        self._thread.join()
+        self._jobs.end()
         self._drop()
         self._log.close()
-
-    def _later(self, action: Callable[[], Any]) -> "Future[Any]":
-        future: Future[Any] = Future()
-        self._jobs.put((future, action))
-        return future
-
-    def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            future, action = job
-            try:
-                future.set_result(action())
-            except BaseException as error:
-                future.set_exception(error)
 
     def _attempts(self, label: str, request: tuple[Any, ...], timeout: float) -> Answer:
         started, reason = time.perf_counter(), ""
