@@ -19,7 +19,6 @@ import transformers
 from pydantic import Field, model_validator
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.utils import is_torchvision_available
 
 from unirg.errors import UserError
 from unirg.processor import (
@@ -265,8 +264,8 @@ class Policy:
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(folder, safe_serialization=True)
         self.processor.save_pretrained(folder)
-        if self.reads_images and not is_torchvision_available() and "Qwen" in type(self.processor).__name__:
-            # The video half needs torchvision and was never built; engines that serve the folder look for its settings.
+        if "Qwen" in type(self.processor).__name__ and not hasattr(self.processor, "video_processor"):
+            # The video half, which needs torchvision, was never built; engines that serve the folder look for it.
             image = self.processor.image_processor
             settings = {"video_processor_type": "Qwen3VLVideoProcessor"}
             settings |= {name: getattr(image, name) for name in ("patch_size", "merge_size", "temporal_patch_size")}
