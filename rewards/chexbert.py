@@ -2,8 +2,8 @@
 
 Two figures bear this name, and neither is a mean of the other. The reward is the micro F1 of one report, 2 TP / (2 TP
 + FP + FN) over its classes, where 0/0 (nothing positive in either report, as on a normal study with five classes) is
-1, and not the 0 that libraries give. What papers print is the F1 of a corpus, `corpus_f1`: micro over all decisions, or
-macro, the mean over classes, where a class that occurs on neither side counts 0.
+1, and not the 0 that libraries give. What papers print is the F1 of a corpus, micro over all decisions, or macro, the
+mean over classes, where a class that occurs on neither side counts 0: these are `corpus_terms`.
 
 A policy can learn to play it: the labels say neither where, how severe, nor how many; and No Finding is one of the 14,
 so that a normal template is right on every normal study.
@@ -11,8 +11,6 @@ so that a normal template is right on every normal study.
 
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from .chexbert_model import CLASSES, FIVE, NEEDS, POSITIVE, UNCERTAIN, CheXbert, Reading, load_chexbert
 from .text_encoder import SHARES
@@ -68,10 +66,11 @@ class CheXbertF1:
                 scores.append(report_f1([stated[index] for index in chosen], [wanted[index] for index in chosen]))
         return scores
 
-    def corpus(self, candidates: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        """`corpus_f1` of these reports, as the f1chexbert package reports it: blank reports are read like any other."""
+    def corpus_terms(self, candidates: list[str], references: list[str], **columns: Any) -> dict[str, list[Any]]:
+        """`micro_14`, `macro_14`, `micro_5` and `macro_5` of the corpus, whatever `classes` is, as the f1chexbert
+        package reports them: blank reports are read like any other."""
         readings = [self._positives(reading) for reading in self._read([*candidates, *references])]
-        return corpus_f1(readings[: len(candidates)], readings[len(candidates) :])
+        return f1_terms(readings[: len(candidates)], readings[len(candidates) :])
 
     def _read(self, reports: list[str]) -> list[Reading]:
         if self._model is None:
@@ -90,21 +89,18 @@ def report_f1(stated: Sequence[bool], wanted: Sequence[bool]) -> float:
     return 2 * sum(a and b for a, b in zip(stated, wanted, strict=True)) / total if total else 1.0
 
 
-def corpus_f1(stated: Sequence[Sequence[bool]], wanted: Sequence[Sequence[bool]]) -> dict[str, float]:
-    """F1 of a corpus, in [0, 1]: `micro_14`, `macro_14`, `micro_5`, `macro_5`.
-
-    `stated` and `wanted` hold one row of 14 decisions per report, in the order of CLASSES. As in scikit-learn with
-    zero_division=0, a class (and a corpus) without a positive on either side has F1 0.
-    """
-    stated_NC, wanted_NC = (np.array(rows, dtype=bool).reshape(-1, len(CLASSES)) for rows in (stated, wanted))
-    hits_C = (stated_NC & wanted_NC).sum(axis=0)
-    totals_C = stated_NC.sum(axis=0) + wanted_NC.sum(axis=0)
-    f1_C = 2 * hits_C / np.maximum(totals_C, 1)
-    figures = {}
-    for name, chosen in (("14", list(range(len(CLASSES)))), ("5", list(FIVE))):
-        figures[f"micro_{name}"] = float(2 * hits_C[chosen].sum() / max(1, totals_C[chosen].sum()))
-        figures[f"macro_{name}"] = float(f1_C[chosen].mean())
-    return figures
+def f1_terms(stated: Sequence[Sequence[bool]], wanted: Sequence[Sequence[bool]]) -> dict[str, list[Any]]:
+    """2 TP and 2 TP + FP + FN of each report, over all classes (`micro_14`, `micro_5`) or of each (`macro_14`,
+    `macro_5`). `stated` and `wanted` hold one row of 14 decisions per report, in the order of CLASSES."""
+    terms: dict[str, list[Any]] = {}
+    for name, chosen in (("14", range(len(CLASSES))), ("5", FIVE)):
+        by_class = [
+            [(2.0 * (said[index] and true[index]), float(said[index]) + true[index]) for index in chosen]
+            for said, true in zip(stated, wanted, strict=True)
+        ]
+        terms[f"micro_{name}"] = [(sum(hits for hits, _ in row), sum(total for _, total in row)) for row in by_class]
+        terms[f"macro_{name}"] = by_class
+    return terms
 
 
 def weights_identity(model: CheXbert | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ has a pole at 0, which good reports cross, so that an exact match would score be
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,11 +94,7 @@ class RadCliQ:
         rows = self.components.values(candidates, references)
         return [None if row is None else -radcliq(**row, version=self.version) for row in rows]
 
-    def corpus(self, candidates: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        """The leaderboards' figures of these reports: `radcliq`, the mean over the judged ones (lower is better), and
-        `1/radcliq`, its reciprocal. Raises ValueError where none could be judged."""
-        judged = [-score for score in self.score(list(candidates), list(references)) if score is not None]
-        if not judged:
-            raise ValueError(f"RadCliQ could judge none of {len(candidates)} reports; every reference is blank")
-        mean = math.fsum(judged) / len(judged)
-        return {"radcliq": mean, "1/radcliq": 1 / mean if mean else math.inf}
+    def corpus_terms(self, candidates: list[str], references: list[str], **columns: Any) -> dict[str, list[Any]]:
+        """The leaderboards' `reciprocal`, 1 / mean RadCliQ over the judged reports; higher is better."""
+        scores = self.score(candidates, references)
+        return {"reciprocal": [None if score is None else (1.0, -score) for score in scores]}

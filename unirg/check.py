@@ -122,22 +122,26 @@ def pixels(study: Study, prompt: PromptConfig) -> int:
     return total
 
 
-def check_rewards(configs: Sequence[RewardConfig], studies: Sequence[Study]) -> None:
+def check_rewards(configs: Sequence[RewardConfig], studies: Sequence[Study]) -> list[str]:
     """The rewards load, score the reports of a few studies as if a policy had written them, and can judge some. One
     that judges none is told; where all judge none there is nothing to learn from, and that is an error. They run as in
-    training, in workers that end here, so that no model stays in this process; but no failure is masked."""
+    training, in workers that end here, so that no model stays in this process; but no failure is masked.
+
+    Returns the figures that they give in an evaluation: labels, and label and name of each figure of a corpus."""
     few = list(studies[:: max(1, len(studies) // JUDGED)])[:JUDGED]
     texts = [report_text(study) for study in few]
     columns = study_columns(few) | {"truncated": [False] * len(few)}
     strict = [config.model_copy(update={"on_error": "raise"}) for config in configs]
     with ScoringEngine(strict, supervised=True) as engine:
-        scores = engine.collect(engine.submit(ScoreBatch(texts, texts, columns)))
+        batch = ScoreBatch(texts, texts, columns)
+        scores, terms = engine.collect(engine.submit(batch)), engine.corpus_terms(batch)
     mute = [label for label, values in scores.items() if all(value is None for value in values)]
     said = f"reward {', '.join(mute)}: could judge none of {len(few)} studies by their own reports"
     if len(mute) == len(scores):
         raise UserError(f"{said}; `unirg rewards` says what each reward needs")
     if mute:
         console.print(f"[yellow]{said}[/yellow]", highlight=False, soft_wrap=True)
+    return [*scores, *(f"{label}.{figure}" for label, figures in terms.items() for figure in figures)]
 
 
 def check_figures(recipe: Recipe, studies: Sequence[Study]) -> None:
@@ -149,9 +153,9 @@ def check_figures(recipe: Recipe, studies: Sequence[Study]) -> None:
         if metric.log_label in figures:
             raise UserError(f"metric '{metric.log_label}' has the name of a figure that is always counted; label it")
     if config.metrics:
-        check_rewards(config.metrics, studies)
+        given = check_rewards(config.metrics, studies)
         endings = ["", f"/{COMPLETE}"] if all(study.extra.get(COMPLETE) for study in few) else [""]
-        figures |= {f"{metric.log_label}{ending}" for metric in config.metrics for ending in endings}
+        figures |= {f"{figure}{ending}" for figure in given for ending in endings}
     if config.headline not in figures:
         raise UserError(
             f"evaluation.headline '{config.headline}' is no figure; there are: {', '.join(sorted(figures))}"

@@ -181,7 +181,7 @@ def optimise(
         if evaluate is not None and stage.evaluate_every and (step + 1) % stage.evaluate_every == 0:
             measured = evaluate()
             metrics |= {f"eval/{name}": value for name, value in measured.items()}
-            figure = measured[headline]
+            figure = measured.get(headline, math.nan)  # a metric that failed may leave no figure of the corpus
             if stage.keep == "best" and not math.isnan(figure) and (state["best"] is None or figure > state["best"]):
                 state["best"] = figure
                 if accelerator.is_main_process:

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from tests.encoders import ODD, REPORTS, chexbert_folder, roberta_folder
+from unirg.evaluation.intervals import corpus_statistic
+from unirg.scoring.contract import validated_terms
 from unirg.scoring.registry import load_reward
-from unirg_rewards.chexbert import CLASSES, corpus_f1
+from unirg_rewards.chexbert import CLASSES, f1_terms
 
 TEXTS = [*REPORTS, *ODD]
 CANDIDATES = [text for _ in REPORTS for text in TEXTS]
@@ -66,7 +68,8 @@ def test_corpus_f1_is_f1chexberts_report(chexbert):
     folder, official = chexbert
     references = [REPORTS[index % len(REPORTS)] for index in range(len(TEXTS))]
     _, _, fourteen, five = official(hyps=TEXTS, refs=references)
-    figures = load_reward("chexbert", {"model_folder": str(folder)}).written.corpus(TEXTS, references)
+    terms = load_reward("chexbert", {"model_folder": str(folder)}).corpus_terms(TEXTS, references)
+    figures = {name: corpus_statistic(rows).value for name, rows in terms.items()}
     expected = {f"{kind}_14": fourteen[f"{kind} avg"]["f1-score"] for kind in ("micro", "macro")}
     expected |= {f"{kind}_5": five[f"{kind} avg"]["f1-score"] for kind in ("micro", "macro")}
     assert figures == pytest.approx(expected, abs=1e-12)
@@ -77,7 +80,10 @@ def test_corpus_f1_is_scikit_learns():
     rng = np.random.default_rng(0)
     for share in (0.0, 0.05, 0.3):
         stated, wanted = (rng.random((9, len(CLASSES))) < share for _ in range(2))
-        figures = corpus_f1(stated.tolist(), wanted.tolist())
+        ids = [str(number) for number in range(len(stated))]
+        terms = validated_terms("chexbert", f1_terms(stated.tolist(), wanted.tolist()), ids)
+        # a corpus without a positive is 0 there, and undefined here
+        figures = {name: np.nan_to_num(corpus_statistic(rows).value) for name, rows in terms.items()}
         for name, chosen in (("14", slice(None)), ("5", [1, 4, 5, 7, 9])):
             for kind in ("micro", "macro"):
                 expected = metrics.f1_score(wanted[:, chosen], stated[:, chosen], average=kind, zero_division=0)

@@ -88,3 +88,19 @@ def test_a_stage_that_trains_on_an_evaluation_metric_is_refused() -> None:
     trained = recipe(stages=[stage("grpo", rewards=rewards).model_dump()])
     with pytest.raises(UserError, match=r"'meteor' is for evaluation only: .*evaluation\.metrics"):
         check.check(trained, lambda studies: pytest.fail("the policy is built after the rewards are checked"))
+
+
+def test_the_headline_may_be_a_metrics_figure_of_the_corpus(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n"
+        "    def score(self, candidates, references, **columns):\n"
+        "        return [1.0] * len(candidates)\n"
+        "    def corpus_terms(self, candidates, references, **columns):\n"
+        "        return {'pooled': [(1, 2)] * len(candidates)}\n"
+    )
+    studies = [Study("a", findings="Clear.", extra={"complete": "Clear."})]
+    metrics = [{"name": f"{tmp_path}/mine.py:Mine", "label": "mine"}]
+    for headline in ("mine.pooled", "mine.pooled/complete", "mine"):
+        check.check_figures(recipe(evaluation={"metrics": metrics, "headline": headline}), studies)
+    with pytest.raises(UserError, match=r"'mine.micro' is no figure; there are: .*mine\.pooled, mine\.pooled/complete"):
+        check.check_figures(recipe(evaluation={"metrics": metrics, "headline": "mine.micro"}), studies)

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from tests.encoders import ODD, REPORTS, chexbert_folder, roberta_folder
+from unirg.evaluation.intervals import corpus_statistic
 from unirg.scoring.contract import RewardError
 from unirg.scoring.registry import load_reward
 from unirg_rewards.radcliq import radcliq
@@ -121,13 +122,15 @@ def test_what_one_component_cannot_judge_is_masked(name):
     assert scores[1:] == [None, None] and scores[0] is not None
 
 
-def test_a_corpus_has_the_mean_and_its_reciprocal():
+def test_a_corpus_has_the_reciprocal_of_its_mean():
     reward = composed("radcliq", [0.2, 0.6, None], [0.4, 0.2, 0.1], [0.3, 0.5, 0.1])
-    figures = reward.written.corpus(*TEXTS)
-    mean = radcliq(0.4, 0.3, 0.4, 0)
-    assert figures == pytest.approx({"radcliq": mean, "1/radcliq": 1 / mean}, abs=1e-9)
-    with pytest.raises(ValueError, match="could judge none of 3"):
-        composed("radcliq", [None] * 3, [0.4] * 3, [0.3] * 3).written.corpus(*TEXTS)
+    (figure, terms), *others = reward.corpus_terms(*TEXTS).items()
+    statistic = corpus_statistic(terms)
+    assert (figure, others) == ("reciprocal", [])
+    assert statistic.value == pytest.approx(1 / radcliq(0.4, 0.3, 0.4, 0), abs=1e-9)
+    assert statistic.judged == 2
+    nothing = composed("radcliq", [None] * 3, [0.4] * 3, [0.3] * 3).corpus_terms(*TEXTS)
+    assert math.isnan(corpus_statistic(nothing["reciprocal"]).value)
 
 
 def test_components_are_the_published_ones_unless_options_say_otherwise():

@@ -94,8 +94,9 @@ def shuffle(studies: Sequence[Study], reports: Mapping[str, str], *, seed: int =
 
 
 def _engine_for(headline: str, metrics: Sequence[RewardConfig]) -> ScoringEngine | None:
-    """The metric that the headline is, alone; None where the headline is a counted figure."""
-    needed = [metric for metric in metrics if metric.log_label == headline.removesuffix(f"/{COMPLETE}")]
+    """The metric that the headline is, or is a figure of, alone; None where the headline is a counted figure."""
+    name = headline.removesuffix(f"/{COMPLETE}")
+    needed = [m for m in metrics if name == m.log_label or name.startswith(f"{m.log_label}.")]
     return ScoringEngine(needed) if needed else None
 
 

@@ -1,6 +1,7 @@
 """Evaluation of reports: every figure with its 95% interval, and the controls that say what it is worth.
 
-Figures are keyed by name. A configured metric has its reward's label (`bleu`, `entity_f1`); what the evaluation counts
+Figures are keyed by name. A configured metric has its reward's label (`bleu`, `entity_f1`), and where the reward has
+figures of a corpus, these have label and name (`chexbert.micro_14`, `radcliq.reciprocal`). What the evaluation counts
 itself (`findings.py`, micro over the corpus) is `positive_f1`, `core_f1`, `negation_f1` against the reference text and
 `truth_f1`, `truth_core_f1` against the studies' labels, each also as `_precision` and `_recall`; outputs are described
 by `length`, `duplicates`, `normal` and `truncated`. A key without an ending is against the study's own report; the
@@ -23,7 +24,7 @@ from unirg.evaluation.findings import (
     count_by_finding,
     output_statistics,
 )
-from unirg.evaluation.intervals import Statistic, intervals, mean_statistic, paired_ratios
+from unirg.evaluation.intervals import Statistic, corpus_statistic, intervals, mean_statistic, paired_ratios
 from unirg.prompt import report_text
 from unirg.scoring.contract import RewardConfig, ScoreBatch, study_columns
 from unirg.scoring.engine import ScoringEngine
@@ -42,7 +43,8 @@ class EvaluationConfig(Section):
     """Rewards to report as metrics, beside the finding counts that every evaluation has."""
     headline: str = "positive_f1"
     """The figure that decides: the best checkpoint on dev, the best constant report; it is marked in the
-    tables. Such as positive_f1, truth_f1, negation_f1/complete, or a metric's label."""
+    tables. Such as positive_f1, truth_f1, negation_f1/complete, a metric's label, or one of its figures of the
+    corpus (chexbert.micro_14, radcliq.reciprocal)."""
     baseline: str | None = None
     """The stage that the others are compared with, study by study; default none."""
     stages: list[str] | None = None
@@ -110,10 +112,10 @@ def measure(
     statistics |= output_statistics(candidates, cut)
     if engine is not None:
         columns = study_columns(studies) | {"truncated": cut or [False] * len(studies)}
-        for name, scores in _metric_scores(engine, candidates, references, columns).items():
+        for name, statistic in _metrics(engine, candidates, references, columns).items():
             if name in statistics:
                 raise UserError(f"metric '{name}' has the name of a figure that is always counted; give it a `label`")
-            statistics[name] = mean_statistic(scores)
+            statistics[name] = statistic
     return Measurement(statistics, count_by_finding(candidates, own, labels), len(set(candidates)))
 
 
@@ -177,7 +179,7 @@ def _intervals(statistics: Mapping[str, Statistic], draws: int, seed: int) -> di
             "mean": number(interval.mean),
             "low": number(interval.low),
             "high": number(interval.high),
-            "judged": int((statistic.denominator_N != 0).sum()),
+            "judged": statistic.judged,
         }
         for (key, statistic), interval in zip(statistics.items(), found, strict=True)
     }
@@ -191,18 +193,26 @@ def _named(name: str, ending: str, counts: Counts) -> dict[str, Statistic]:
     }
 
 
-def _metric_scores(
+def _metrics(
     engine: ScoringEngine,
     candidates: list[str],
     references: Mapping[str, list[str]],
     columns: dict[str, list[Any]],
-) -> dict[str, list[float | None]]:
-    """Each metric against each reference; once only where the reference makes no difference to it."""
-    handles = {ending: engine.submit(ScoreBatch(candidates, texts, columns)) for ending, texts in references.items()}
+) -> dict[str, Statistic]:
+    """Each metric, and its figures of the corpus, against each reference; once only where the reference makes no
+    difference to it."""
+    batches = {ending: ScoreBatch(candidates, texts, columns) for ending, texts in references.items()}
+    handles = {ending: engine.submit(batch) for ending, batch in batches.items()}
     scores = {ending: engine.collect(handle) for ending, handle in handles.items()}
-    found: dict[str, list[float | None]] = dict(scores.pop(""))
-    for ending, by_label in scores.items():
-        found |= {f"{label}{ending}": values for label, values in by_label.items() if values != found[label]}
+    found: dict[str, Statistic] = {}
+    for ending, batch in batches.items():
+        terms = engine.corpus_terms(batch)
+        for label, values in scores[ending].items():
+            if ending and values == scores[""][label]:
+                continue
+            found[f"{label}{ending}"] = mean_statistic(values)
+            for figure, rows in terms.get(label, {}).items():
+                found[f"{label}.{figure}{ending}"] = corpus_statistic(rows)
     return found
 
 

@@ -1,10 +1,12 @@
 """95% intervals: the percentile bootstrap over studies (Efron & Tibshirani 1993, chapter 13).
 
 Every figure of an evaluation is a ratio of two sums over studies: a mean is sum(value) / count, micro F1 is
-sum(2 TP) / sum(2 TP + FP + FN), a share is sum(indicator) / count. One bootstrap therefore serves them all: draw
-studies with replacement, take both sums, divide. Two runs on the same studies are compared on the same draws.
+sum(2 TP) / sum(2 TP + FP + FN), a share is sum(indicator) / count; macro F1 is the mean of such ratios over classes.
+One bootstrap therefore serves them all: draw studies with replacement, take both sums, divide. Two runs on the same
+studies are compared on the same draws.
 
-Shapes: N studies, D bootstrap draws, K statistics of the same studies (resampled together: one matrix product).
+Shapes: N studies, C classes, D bootstrap draws, K statistics of the same studies (resampled together: one matrix
+product).
 """
 
 from collections.abc import Sequence
@@ -12,6 +14,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+
+from unirg.scoring.contract import Terms
 
 PERCENTILES = (2.5, 97.5)
 
@@ -34,15 +38,23 @@ class Difference(NamedTuple):
 
 
 class Statistic(NamedTuple):
-    """A figure of a corpus, sum(numerator_N) / sum(denominator_N), kept by study so that it can be resampled."""
+    """A figure of a corpus, sum(numerator_N) / sum(denominator_N), kept by study so that it can be resampled.
+
+    Of a figure that is a mean over classes both have the shape (N, C).
+    """
 
     numerator_N: np.ndarray
     denominator_N: np.ndarray
 
     @property
     def value(self) -> float:
-        """The figure on all studies; NaN where the denominator is 0."""
-        return float(_ratio(self.numerator_N.sum(), self.denominator_N.sum()))
+        """The figure on all studies; NaN where the denominator is 0, of every class where there are several."""
+        return float(_mean_of_classes(_ratio(self.numerator_N.sum(axis=0), self.denominator_N.sum(axis=0))))
+
+    @property
+    def judged(self) -> int:
+        """The studies that enter the figure."""
+        return int((_by_class(self.denominator_N) != 0).any(axis=1).sum())
 
 
 def mean_statistic(values: Sequence[float | None] | np.ndarray) -> Statistic:
@@ -50,6 +62,16 @@ def mean_statistic(values: Sequence[float | None] | np.ndarray) -> Statistic:
     values_N = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
     known_N = ~np.isnan(values_N)
     return Statistic(np.where(known_N, values_N, 0.0), known_N.astype(np.float64))
+
+
+def corpus_statistic(terms: Sequence[Terms]) -> Statistic:
+    """The figure of these studies' terms (see `unirg.scoring.contract`). A class without a term, 0/0, counts 0 beside
+    others that have some, as in scikit-learn; None counts in neither sum."""
+    classes = next((len(pairs) for pairs in terms if pairs is not None), 1)
+    unjudged = [(0.0, 0.0)] * classes
+    pairs_NC2 = np.array([unjudged if pairs is None else pairs for pairs in terms], dtype=np.float64)
+    pairs_NC2 = pairs_NC2.reshape(len(terms), classes, 2)
+    return Statistic(pairs_NC2[:, :, 0], pairs_NC2[:, :, 1])
 
 
 def bootstrap_ratio(
@@ -129,9 +151,25 @@ def _drawn(statistics: Sequence[Statistic], seed: int, draws: int) -> np.ndarray
     if not statistics or not len(statistics[0].numerator_N):
         return np.full((draws, len(statistics)), np.nan)
     counts_DN = _draws(len(statistics[0].numerator_N), seed, draws)
-    numerators_NK = np.stack([statistic.numerator_N for statistic in statistics], axis=1)
-    denominators_NK = np.stack([statistic.denominator_N for statistic in statistics], axis=1)
-    return _ratio(counts_DN @ numerators_NK, counts_DN @ denominators_NK)
+    # The classes of all statistics side by side, and where each statistic after the first begins.
+    numerators = np.concatenate([_by_class(statistic.numerator_N) for statistic in statistics], axis=1)
+    denominators = np.concatenate([_by_class(statistic.denominator_N) for statistic in statistics], axis=1)
+    starts = np.cumsum([_by_class(statistic.numerator_N).shape[1] for statistic in statistics])[:-1]
+    ratios = np.split(_ratio(counts_DN @ numerators, counts_DN @ denominators), starts, axis=1)
+    return np.stack([_mean_of_classes(ratios_DC) for ratios_DC in ratios], axis=1)
+
+
+def _by_class(values_N: np.ndarray) -> np.ndarray:
+    """values_NC; a figure without classes has one."""
+    return values_N[:, None] if values_N.ndim == 1 else values_N
+
+
+def _mean_of_classes(ratios: np.ndarray) -> np.ndarray:
+    """The mean over the last axis, an undefined ratio counting 0 unless all are; a single ratio as it is."""
+    if ratios.ndim == 0:
+        return ratios
+    undefined = np.isnan(ratios)
+    return np.where(undefined.all(axis=-1), np.nan, np.where(undefined, 0.0, ratios).mean(axis=-1))
 
 
 def _ratio(numerator: np.ndarray | float, denominator: np.ndarray | float) -> np.ndarray:

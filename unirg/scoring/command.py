@@ -1,6 +1,7 @@
 """`unirg score` and `unirg rewards`: score two files of reports, and list what can score them."""
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import yaml
 
 from unirg.errors import UserError
-from unirg.scoring.contract import RewardConfig, RewardError, ScoreBatch, study_columns
+from unirg.scoring.contract import RewardConfig, RewardError, ScoreBatch, Terms, study_columns
 from unirg.scoring.engine import ScoringEngine
 from unirg.scoring.files import ReportFileError, read_references, read_reports
 from unirg.scoring.registry import installed
@@ -23,7 +24,8 @@ def score(
     """Print a score (null where a reward cannot judge) per study and reward, one line per study of the references.
 
     `rewards` is a list as `parse_rewards` reads it. With `as_json` a line is an object, otherwise tab-separated cells.
-    `summary` adds the means with 95% bootstrap intervals over studies (`seed` draws them). Rewards get every column of
+    `summary` adds the means, and the figures of the corpus that a reward has (`chexbert.micro_14`), with 95% bootstrap
+    intervals over studies (`seed` draws them). Rewards get every column of
     the references, such as `labels`. Returns the exit status: 0, or 2 after one clear line on stderr where a file or a
     reward cannot be used.
     """
@@ -35,6 +37,7 @@ def score(
         if not as_json:
             print("\t".join(["id", *labels]))
         collected: dict[str, list[float | None]] = {label: [] for label in labels}
+        terms: dict[str, list[Terms]] = {}
         ids = list(truths)
         for start in range(0, len(ids), BATCH):
             chunk = ids[start : start + BATCH]
@@ -45,8 +48,11 @@ def score(
                 _print_line(name, {label: scores[label][row] for label in labels}, as_json)
             for label in labels:
                 collected[label] += scores[label]
+            for label, figures in engine.corpus_terms(batch).items() if summary else ():
+                for figure, rows in figures.items():
+                    terms.setdefault(f"{label}.{figure}", []).extend(rows)
         if summary:
-            _print_summary(collected, as_json, seed)
+            _print_summary(collected, terms, as_json, seed)
         for label, values in collected.items():
             if all(value is None for value in values):
                 print(f"unirg score: reward '{label}' could judge none of the {len(values)} studies", file=sys.stderr)
@@ -118,14 +124,20 @@ def _print_line(name: str, scores: dict[str, float | None], as_json: bool) -> No
         print("\t".join([name, *("" if value is None else f"{value:.4f}" for value in scores.values())]))
 
 
-def _print_summary(collected: dict[str, list[float | None]], as_json: bool, seed: int) -> None:
-    from unirg.evaluation.intervals import bootstrap_mean
+def _print_summary(
+    collected: dict[str, list[float | None]], terms: dict[str, list[Terms]], as_json: bool, seed: int
+) -> None:
+    """Means, each followed by the reward's figures of the corpus."""
+    from unirg.evaluation.intervals import corpus_statistic, intervals, mean_statistic
 
-    figures: dict[str, dict[str, Any]] = {}
+    statistics = {}
     for label, values in collected.items():
-        judged = [value for value in values if value is not None]
-        mean, low, high = bootstrap_mean(judged, seed=seed) if judged else (None, None, None)
-        figures[label] = {"mean": mean, "low": low, "high": high, "judged": len(judged), "studies": len(values)}
+        statistics[label] = mean_statistic(values)
+        statistics |= {key: corpus_statistic(rows) for key, rows in terms.items() if key.startswith(f"{label}.")}
+    figures: dict[str, dict[str, Any]] = {}
+    for (label, statistic), found in zip(statistics.items(), intervals(list(statistics.values()), seed=seed)):
+        known = {key: None if math.isnan(value) else value for key, value in found._asdict().items()}
+        figures[label] = known | {"judged": statistic.judged, "studies": len(statistic.numerator_N)}
     if as_json:
         print(json.dumps({"summary": figures}))
         return

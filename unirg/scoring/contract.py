@@ -15,21 +15,30 @@ backend and versions the numbers come from, kept with every run), `needs` (a sen
 `deduplicate` (False where the score of a candidate depends on the others of its batch; identical candidates of one
 study are otherwise scored once), `shares` (a name: rewards of one name and device run in one process, because they
 share a model) and `evaluation_only` (the reason, in words, why nobody should train on it: training refuses it).
+
+Some published figures are of a corpus and no mean of scores: micro and macro F1, or the reciprocal of a mean. Where a
+class has a method `corpus_terms`, of `score`'s signature, evaluations print them too, with intervals. It answers
+`{figure: terms}`, with one entry for each candidate: a pair (numerator, denominator), or a list of such pairs, one for
+each class, or None where it cannot judge. The figure is the sum of the corpus's numerators by that of its denominators;
+of several pairs, the mean of the ratios. So a corpus can be resampled without asking a model again.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from unirg.errors import UserError
 from unirg.section import Section
 
 if TYPE_CHECKING:
     from unirg.study import Study
+
+Terms = list[tuple[float, float]] | None
+"""What one candidate adds to a figure of the corpus: (numerator, denominator) of each class, or None."""
 
 STUDY_COLUMNS = (
     "findings",
@@ -75,12 +84,22 @@ class RewardConfig(Section):
     batch_size: int | None = Field(None, gt=0)
     """At most so many candidates in one call; default all of a batch. A failure costs the candidates of its call."""
     timeout: float = Field(600.0, gt=0)
-    """Seconds that one call may take in a worker process; then the process is killed."""
+    """Seconds that one call may take in a worker process; then the process is killed. With `server`, also how long a
+    server that is away is waited for."""
     on_error: Literal["mask", "raise"] = "mask"
     """What follows in training when a call has failed twice: its samples are masked and counted, or the run stops."""
     worker: bool = True
     """Score in a worker process during training, where a crash or a hang cannot take the run along, and while the
     policy computes; false scores in the training process."""
+    server: str | None = Field(None, pattern=r"^https?://[A-Za-z0-9._\-\[\]:]+$")
+    """A scoring server that scores in place of this machine, such as `http://node7:8100`; it is started with the same
+    name and options by `unirg rewards serve`. Reports, references and columns are sent there."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "RewardConfig":
+        if self.server is not None and not self.worker:
+            raise ValueError(f"reward '{self.log_label}': with a `server`, `worker: false` has no meaning")
+        return self
 
     @property
     def log_label(self) -> str:
@@ -151,6 +170,42 @@ def validated_scores(name: str, returned: Any, study_ids: Sequence[str]) -> list
                 "number, or None where it cannot judge"
             )
     return [None if value is None else float(value) for value in returned]
+
+
+def validated_terms(name: str, returned: Any, study_ids: Sequence[str]) -> dict[str, list[Terms]]:
+    """What reward `name` returned as `corpus_terms` of these samples, a single pair as a list of one.
+
+    Raises RewardError where it is no mapping, or where a figure has not one entry for each sample, pairs that are no
+    two finite numbers, or another number of pairs in one sample than in another.
+    """
+    expected = "(numerator, denominator), a list of such pairs, or None"
+    if not isinstance(returned, Mapping):
+        kind = type(returned).__name__
+        raise RewardError(f"reward '{name}': corpus_terms returned {kind}, expected a mapping of figures to terms")
+    checked: dict[str, list[Terms]] = {}
+    for figure, rows in returned.items():
+        if not isinstance(figure, str) or not figure or "/" in figure:
+            raise RewardError(f"reward '{name}': corpus_terms has a figure called {figure!r}; expected text without /")
+        what = f"reward '{name}': corpus_terms '{figure}'"
+        if not isinstance(rows, (list, tuple)) or len(rows) != len(study_ids):
+            given = f"has {len(rows)} entries" if isinstance(rows, (list, tuple)) else f"is a {type(rows).__name__}"
+            raise RewardError(f"{what} {given}, expected a list of {len(study_ids)}, one for each candidate")
+        terms: list[Terms] = []
+        for study_id, row in zip(study_ids, rows, strict=True):
+            pairs = [row] if isinstance(row, (list, tuple)) and row and isinstance(row[0], Real) else row
+            if pairs is not None and not (isinstance(pairs, (list, tuple)) and pairs and all(map(_is_pair, pairs))):
+                raise RewardError(f"{what} is {row!r:.80} for study {study_id}; expected {expected}")
+            terms.append(None if pairs is None else [(float(top), float(bottom)) for top, bottom in pairs])
+        if len(sizes := {len(pairs) for pairs in terms if pairs is not None}) > 1:
+            raise RewardError(
+                f"{what} has {' and '.join(map(str, sorted(sizes)))} pairs; expected as many of each study"
+            )
+        checked[figure] = terms
+    return checked
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_finite, value))
 
 
 def _is_finite(value: Any) -> bool:

@@ -4,6 +4,7 @@ There are two ways to run rewards. By default they run in the calling process, w
 goes wrong is a RewardError: right for a command that someone waits for. Supervised, as training runs them, each reward
 runs as its config says, normally in a worker process that scores while the caller goes on (between submit and collect),
 that is killed where it hangs and started again where it died; a call that fails twice masks its samples (`on_error`).
+Either way a reward that names a `server` is scored there (client.py).
 """
 
 import itertools
@@ -13,12 +14,14 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from unirg.scoring.contract import RewardConfig, RewardError, ScoreBatch
-from unirg.scoring.registry import load_reward
+from unirg.scoring.client import ServedReward
+from unirg.scoring.contract import RewardConfig, RewardError, ScoreBatch, Terms
+from unirg.scoring.registry import Reward, load_reward
 from unirg.scoring.worker import described
 from unirg.scoring.worker_process import ATTEMPTS, Answer, Placed, Worker
 
@@ -39,7 +42,7 @@ class ScoringEngine:
     """The rewards of a stage, loaded and ready; `logs` is a folder for what supervised rewards print.
 
     A supervised engine holds processes: use it as a context manager, or close it. Raises RewardError where a reward
-    cannot be loaded or set up, or two have the same label.
+    cannot be loaded or set up, its server refuses it, or two have the same label.
     """
 
     def __init__(self, configs: Sequence[RewardConfig], *, supervised: bool = False, logs: Path | None = None) -> None:
@@ -47,19 +50,23 @@ class ScoringEngine:
         if repeated := [label for label, count in Counter(labels).items() if count > 1]:
             raise RewardError(f"two rewards are called '{repeated[0]}' in logs; give each a `label` of its own")
         self._configs = dict(zip(labels, configs, strict=True))
-        self._rewards = {label: load_reward(config.name, config.options) for label, config in self._configs.items()}
+        self._rewards: dict[str, Reward | ServedReward] = {}
         self._supervised = supervised
-        self._workers: dict[str, Worker] = {}  # by label; some are one and the same
+        self._workers: dict[str, Worker | ServedReward] = {}  # by label; some are one and the same
         self._identities: dict[str, dict[str, Any]] = {}
         self._handles = itertools.count()
         self._parts: dict[int, dict[str, _Part]] = {}
         self._failed = dict.fromkeys(labels, 0)
-        self._seconds: defaultdict[Worker | None, float] = defaultdict(float)  # that rewards took, here and in workers
+        # That rewards took: here, in workers, and at servers.
+        self._seconds: defaultdict[Worker | ServedReward | None, float] = defaultdict(float)
         self._waited = 0.0
-        for label, reward in self._rewards.items():
-            if self._configs[label].batch_size is not None and not reward.deduplicate:
-                raise RewardError(f"reward '{label}' compares the candidates of a batch: it cannot have a batch_size")
         try:
+            for label, config in self._configs.items():
+                reward = self._rewards[label] = self._load(label, config)
+                if config.batch_size is not None and not reward.deduplicate:
+                    raise RewardError(
+                        f"reward '{label}' compares the candidates of a batch: it cannot have a batch_size"
+                    )
             self._set_up(logs)
         except BaseException:
             self.close()
@@ -98,12 +105,7 @@ class ScoringEngine:
             scores: list[float | None] = []
             lost: list[bool] = []
             for study_ids, call in parts[label].calls:
-                answer = call()
-                if answer.scores is None:
-                    failure = _failure(label, study_ids, answer.reason)
-                    if self._configs[label].on_error == "raise":
-                        raise failure
-                    print(f"{failure}; {len(study_ids)} candidates are masked", file=sys.stderr, flush=True)
+                answer = self._answer(label, study_ids, call)
                 scores += [None] * len(study_ids) if answer.scores is None else answer.scores
                 lost += [answer.scores is None] * len(study_ids)
                 self._seconds[self._workers.get(label)] += answer.seconds
@@ -111,6 +113,28 @@ class ScoringEngine:
             self._failed[label] += sum(lost[index] for index in parts[label].position)
         self._waited += time.perf_counter() - started
         return {label: collected[label] for label in self._rewards}
+
+    def corpus_terms(self, batch: ScoreBatch) -> dict[str, dict[str, list[Terms]]]:
+        """By label and figure the terms of those rewards that have figures of a corpus (see the contract).
+
+        Waits for them. Raises as `collect` does; a reward whose failure is masked is left out.
+        """
+        found: dict[str, dict[str, list[Terms]]] = {}
+        for label, reward in self._rewards.items():
+            if reward.has_corpus_terms:
+                references = _references(label, self._configs[label].reference, batch)
+                rows = list(range(len(batch.candidates)))
+                study_ids, call = self._call(label, batch, references, rows, "corpus_terms")
+                if (answer := self._answer(label, study_ids, call)).scores is not None:
+                    found[label] = answer.scores
+        return found
+
+    def ask(
+        self, label: str, batch: ScoreBatch, timeout: float, kind: Literal["score", "corpus_terms"]
+    ) -> "Future[Answer]":
+        """One call of one reward in its worker, for a scoring server: nothing is merged, split or masked. Unlike the
+        rest, it may be called from any thread."""
+        return self._workers[label].score(label, batch.candidates, batch.references, batch.columns, timeout, kind)
 
     def step_figures(self) -> dict[str, float]:
         """What happened since this was last asked, to log: `rewards/<label>/failed`, candidates masked because their
@@ -133,6 +157,11 @@ class ScoringEngine:
         }
 
     @property
+    def rewards(self) -> Mapping[str, Reward | ServedReward]:
+        """The rewards by label."""
+        return self._rewards
+
+    @property
     def compares(self) -> bool:
         """Whether a reward compares the candidates of a batch: each study's must then be submitted together."""
         return not all(reward.deduplicate for reward in self._rewards.values())
@@ -148,13 +177,21 @@ class ScoringEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _load(self, label: str, config: RewardConfig) -> Reward | ServedReward:
+        if config.server is None:
+            return load_reward(config.name, config.options)
+        served = self._workers[label] = ServedReward(config)
+        self._identities[label] = served.identity
+        return served
+
     def _set_up(self, logs: Path | None) -> None:
-        """Starts the workers, side by side, and sets up all rewards."""
-        placed = {
-            c.log_label: Placed(c.name, dict(c.options), place(c.log_label, c.device)) for c in self._configs.values()
-        }
+        """Starts the workers, side by side, and sets up all rewards that are scored here."""
+        local = {label: reward for label, reward in self._rewards.items() if isinstance(reward, Reward)}
+        placed: dict[str, Placed] = {}
+        for label, reward in local.items():
+            placed[label] = Placed(reward.name, reward.options, place(label, self._configs[label].device))
         groups: dict[tuple[str, str], dict[str, Placed]] = defaultdict(dict)
-        for label, reward in self._rewards.items():
+        for label, reward in local.items():
             if self._supervised and self._configs[label].worker:
                 # What holds no model shares one process: its calls are short, and each process has to be started.
                 shares = reward.shares or (label if hasattr(reward.written, "setup") else "")
@@ -166,7 +203,7 @@ class ScoringEngine:
             worker = Worker(group, None if logs is None else logs / f"worker-{number}.log")
             self._workers |= dict.fromkeys(group, worker)
             identities.append(worker.setup())
-        for label, reward in self._rewards.items():
+        for label, reward in local.items():
             if label not in self._workers:
                 try:
                     reward.setup(placed[label].device)
@@ -176,7 +213,24 @@ class ScoringEngine:
         for future in identities:
             self._identities |= future.result()
 
-    def _call(self, label: str, batch: ScoreBatch, references: list[str], rows: list[int]) -> tuple[list[str], Call]:
+    def _answer(self, label: str, study_ids: list[str], call: Call) -> Answer:
+        """The call's answer. Where it failed and is to be masked, that is said."""
+        answer = call()
+        if answer.scores is None:
+            failure = _failure(label, study_ids, answer.reason)
+            if self._configs[label].on_error == "raise" or not self._supervised:
+                raise failure
+            print(f"{failure}; {len(study_ids)} candidates are masked", file=sys.stderr, flush=True)
+        return answer
+
+    def _call(
+        self,
+        label: str,
+        batch: ScoreBatch,
+        references: list[str],
+        rows: list[int],
+        kind: Literal["score", "corpus_terms"] = "score",
+    ) -> tuple[list[str], Call]:
         """The study ids of `rows` of the batch, and what gives the reward's answer on them."""
 
         def chosen(values: list[Any]) -> list[Any]:
@@ -185,14 +239,15 @@ class ScoringEngine:
         study_ids, candidates, truths = chosen(batch.study_ids()), chosen(batch.candidates), chosen(references)
         columns = {name: chosen(values) for name, values in batch.columns.items()}
         if worker := self._workers.get(label):
-            return study_ids, worker.score(label, candidates, truths, columns, self._configs[label].timeout).result
+            timeout = self._configs[label].timeout
+            return study_ids, worker.score(label, candidates, truths, columns, timeout, kind).result
 
         def here() -> Answer:
             started, reason = time.perf_counter(), ""
             for _ in range(ATTEMPTS if self._supervised else 1):
                 try:
-                    scores = self._rewards[label].score(candidates, truths, **columns)
-                    return Answer(scores, "", time.perf_counter() - started)
+                    asked = getattr(self._rewards[label], kind)
+                    return Answer(asked(candidates, truths, **columns), "", time.perf_counter() - started)
                 except Exception as error:  # whatever a reward raises
                     reason = described(error)
                     if not self._supervised:

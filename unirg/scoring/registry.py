@@ -3,6 +3,7 @@
 An entry point may also be a module that holds a family of rewards, one of which is named `entry_point:reward`.
 """
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -10,14 +11,21 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from unirg.scoring.contract import RewardConfig, RewardError, ScoreFunction, validated_scores
+from unirg.scoring.contract import (
+    RewardConfig,
+    RewardError,
+    ScoreFunction,
+    Terms,
+    validated_scores,
+    validated_terms,
+)
 
 GROUP = "unirg.rewards"
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -75,10 +83,25 @@ class Reward:
         Raises RewardError where the reward asks for a column that is not there or breaks the contract; what the
         reward itself raises passes through.
         """
-        ids = [str(name) for name in columns.get("study_id", range(len(candidates)))]
-        parameters = list(inspect.signature(self.function).parameters.values())
-        if isinstance(self.function, functools.partial):  # a function's option stands, though a column has its name
-            columns = {name: values for name, values in columns.items() if name not in self.function.keywords}
+        returned = self.function(candidates, references, **self._taken(self.function, columns))
+        return validated_scores(self.name, returned, _ids(candidates, columns))
+
+    @property
+    def has_corpus_terms(self) -> bool:
+        """Whether it has figures of a corpus beside the mean of its scores."""
+        return hasattr(self.written, "corpus_terms")
+
+    def corpus_terms(self, candidates: list[str], references: list[str], **columns: Any) -> dict[str, list[Terms]]:
+        """By figure, what each candidate adds to it (see the contract). Raises as `score` does."""
+        method = self.written.corpus_terms
+        returned = method(candidates, references, **self._taken(method, columns))
+        return validated_terms(self.name, returned, _ids(candidates, columns))
+
+    def _taken(self, function: Callable[..., Any], columns: dict[str, Any]) -> dict[str, Any]:
+        """The columns that `function` is to be called with. Raises RewardError where one that it needs is missing."""
+        parameters = list(inspect.signature(function).parameters.values())
+        if isinstance(function, functools.partial):  # a function's option stands, though a column has its name
+            columns = {name: values for name, values in columns.items() if name not in function.keywords}
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
             columns = {p.name: columns[p.name] for p in parameters if p.name in columns}
         for parameter in parameters[2:]:
@@ -88,7 +111,11 @@ class Reward:
                     f"reward '{self.name}' needs '{parameter.name}', which is neither a column of the data nor an "
                     "option given to it"
                 )
-        return validated_scores(self.name, self.function(candidates, references, **columns), ids)
+        return columns
+
+
+def _ids(candidates: list[str], columns: dict[str, Any]) -> list[str]:
+    return [str(name) for name in columns.get("study_id", range(len(candidates)))]
 
 
 @dataclass(frozen=True)
@@ -130,8 +157,15 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
 
 def check_trainable(configs: Iterable[RewardConfig]) -> None:
     """Raises RewardError for the first reward of a training stage whose author says that it is for evaluation only."""
+    from unirg.scoring.client import ServedReward  # here alone: workers load rewards too, and need no HTTP
+
     for config in configs:
-        if reason := load_reward(config.name, config.options).evaluation_only:
+        if config.server is None:
+            reason = load_reward(config.name, config.options).evaluation_only
+        else:
+            with contextlib.closing(ServedReward(config)) as served:
+                reason = served.evaluation_only
+        if reason:
             raise RewardError(
                 f"reward '{config.log_label}' is for evaluation only: {reason}; name it in evaluation.metrics instead"
             )

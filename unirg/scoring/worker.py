@@ -9,8 +9,8 @@ standard input closes, it keeps of what is printed only the latest, `KEPT` to 2 
 child ended. It imports next to nothing; the child imports what its rewards need.
 
 Requests are pickled tuples, answered in order: ("setup", label, name, options, device) and ("score", label, candidates,
-references, columns). Answers are JSON, so that nothing a reward makes is unpickled by the training process:
-{"identity": {...}}, {"scores": [...]} or {"error": text}.
+references, columns), or "corpus_terms" in place of "score". Answers are JSON, so that nothing a reward makes is
+unpickled by the training process: {"identity": {...}}, {"scores": [...] or the terms} or {"error": text}.
 """
 
 import contextlib
@@ -101,7 +101,8 @@ def serve(connection: Connection) -> None:
             rewards[label] = reward
             return {"identity": reward.identity}
         candidates, references, columns = given
-        return {"scores": rewards[label].score(candidates, references, **columns)}
+        asked = rewards[label].corpus_terms if kind == "corpus_terms" else rewards[label].score
+        return {"scores": asked(candidates, references, **columns)}
 
     while True:
         try:

@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from unirg.scoring.contract import RewardError
 from unirg.scoring.job_thread import JobThread
@@ -51,9 +51,9 @@ class Placed:
 
 @dataclass(frozen=True)
 class Answer:
-    """Scores, or None and the reason, and the seconds that it took."""
+    """Scores (or terms, where these were asked for), or None and the reason, and the seconds that it took."""
 
-    scores: list[float | None] | None
+    scores: Any
     reason: str
     seconds: float
 
@@ -85,10 +85,16 @@ class Worker:
         return self._jobs.later(lambda: {label: self._set_up(label) for label in self._rewards})
 
     def score(
-        self, label: str, candidates: list[str], references: list[str], columns: dict[str, list[Any]], timeout: float
+        self,
+        label: str,
+        candidates: list[str],
+        references: list[str],
+        columns: dict[str, list[Any]],
+        timeout: float,
+        kind: Literal["score", "corpus_terms"] = "score",
     ) -> "Future[Answer]":
         """Asks reward `label`; a failed request is repeated once, in a fresh process."""
-        request = ("score", label, candidates, references, columns)
+        request = (kind, label, candidates, references, columns)
         return self._jobs.later(lambda: self._attempts(label, request, timeout))
 
     def close(self) -> None:
