@@ -76,6 +76,16 @@ def _train_verbs(add: Add) -> None:
     _takes_recipe(parser)
     parser.add_argument("--output", type=Path, metavar="DIR", help="the run folder (the recipe's `output`)")
 
+    def doctor(arguments: argparse.Namespace) -> int:
+        from unirg.doctor import doctor
+
+        return doctor(arguments.recipe, arguments.overrides, as_json=arguments.json)
+
+    parser = _verb(add, "doctor", "is this node fit to run: what is wrong, in words; under torchrun all nodes", doctor)
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="also what this recipe needs")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as output=/scratch/run")
+    parser.add_argument("--json", action="store_true", help="one JSON list of findings")
+
     def report(arguments: argparse.Namespace) -> int:
         from unirg.report import build
 
