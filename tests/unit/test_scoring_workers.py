@@ -101,7 +101,7 @@ class Model:
         self.identity = {"device": device, "process": os.getpid()}
 
     def score(self, candidates, references, **columns):
-        if "die" in candidates and first_time("model"):
+        if "die" in candidates and self.label == "a" and first_time("model"):
             os._exit(5)
         return [self.identity["process"] * 1.0] * len(candidates)
 '''
