@@ -173,3 +173,13 @@ def test_the_second_stage_is_held_to_the_firsts_best(trained: Trained, tmp_path:
     # where the second starts it is its own reference, and then it moves away
     start, then = (record["kl"] for record in trained.metrics("grpo_errors"))
     assert abs(start) < 1e-8 and then > 1e-4
+
+
+def test_the_evaluation_has_the_figures_that_papers_print(trained: Trained) -> None:
+    evaluation = json.loads((trained.run / "evaluation" / "dev.json").read_text())
+    for arm in evaluation["arms"].values():
+        metrics = arm["metrics"]
+        assert metrics["radcliq.reciprocal"]["mean"] == pytest.approx(-1 / metrics["radcliq"]["mean"], rel=1e-4)
+        for figure in ("micro_14", "macro_14", "micro_5", "macro_5"):
+            assert f"chexbert.{figure}" in metrics
+    assert "radcliq.reciprocal" in evaluation["versus"]["grpo_r1"]

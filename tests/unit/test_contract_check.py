@@ -146,3 +146,23 @@ def test_an_identity_that_no_manifest_can_keep(check) -> None:
     source = "class Odd:\n    '''It.'''\n    identity = {'model': object()}\n"
     source += "    def score(self, candidates, references):\n        return [float(len(c)) for c in candidates]\n"
     assert [text for text in wrong(check(source, "Odd")) if text.startswith("`identity` cannot be kept")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "said"),
+    [
+        ("[(len(c), 9) for c in candidates]", "right", "has figures of a corpus: f1"),
+        (
+            "[(len(c), 9) for c in candidates if c.strip()]",
+            "wrong",
+            "corpus_terms 'f1' has 7 entries, expected a list of 9",
+        ),
+        ("[(1, len(c.encode('ascii'))) for c in candidates]", "wrong", "figures of a corpus: UnicodeEncodeError"),
+        ("[(1, len(c) / len(candidates)) for c in candidates or 1]", "wrong", "figures of a corpus: TypeError"),
+    ],
+)
+def test_figures_of_a_corpus_are_asked_for(check, rows: str, kind: str, said: str) -> None:
+    source = "class Pooled:\n    '''It.'''\n"
+    source += "    def score(self, candidates, references):\n        return [float(len(c)) for c in candidates]\n"
+    source += f"    def corpus_terms(self, candidates, references):\n        return {{'f1': {rows}}}\n"
+    assert [text for found, text in check(source, "Pooled") if found == kind and said in text]

@@ -110,6 +110,8 @@ def check_contract(reward: Reward) -> list[Finding]:
         findings += _company(reward, batch, scores)
     else:
         findings.append(Finding("note", "says `deduplicate = False`: its score depends on the candidates beside it"))
+    if reward.has_corpus_terms:
+        findings.append(_corpus(reward, batch))
     return findings + _says_of_itself(reward)
 
 
@@ -286,6 +288,21 @@ def _company(reward: Reward, batch: ScoreBatch, scores: Scores) -> list[Finding]
         f"reports that come twice in a batch score otherwise ({advice})",
         _rows(batch, rows * 2),
     )
+
+
+def _corpus(reward: Reward, batch: ScoreBatch) -> Finding:
+    """The terms of the ordinary reports, and of none and of an odd one."""
+    try:
+        for rows, candidates in (
+            ([], None),
+            (list(range(len(batch.candidates))), None),
+            ([0] * len(ODD), ODD.values()),
+        ):
+            given = copy.deepcopy(_rows(batch, rows, list(candidates or ())))
+            figures = reward.corpus_terms(given.candidates, given.references, **given.columns)
+    except (Exception, SystemExit) as error:
+        return Finding("wrong", f"figures of a corpus: {described(error)}")
+    return Finding("right", f"has figures of a corpus: {', '.join(figures)}")
 
 
 def _says_of_itself(reward: Reward) -> list[Finding]:
