@@ -275,3 +275,29 @@ def _scoring_verbs(add: Add) -> None:
     summary = "is a reward right, and what would a policy learn from it; status 1 where it breaks the contract"
     parser = _verb(add_below, "check", summary, check)
     parser.add_argument("reward", metavar="REWARD", help="such as path.py:fn, bleu or bleu(variant=coco4)")
+
+    def serve(arguments: argparse.Namespace) -> int:
+        from unirg.scoring.serve import serve
+
+        return serve(
+            arguments.recipe,
+            arguments.overrides,
+            rewards=arguments.rewards,
+            stage=arguments.stage,
+            host=arguments.host,
+            port=arguments.port,
+            token_file=arguments.token_file,
+            logs=arguments.logs,
+        )
+
+    parser = _verb(add_below, "serve", "score for the trainers of several nodes, until told to end", serve)
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="its rewards that name a `server`")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="as the trainers have them")
+    parser.add_argument("--rewards", metavar="NAMES", help="instead of a recipe; such as bleu,entity_f1(level=side)")
+    parser.add_argument("--stage", metavar="STAGE", help="this stage's alone; default all of the recipe's")
+    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; any other wants a token")
+    parser.add_argument("--port", type=int, default=8100, help="default 8100")
+    parser.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="default: UNIRG_REWARDS_TOKEN of the environment"
+    )
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the rewards print there")
