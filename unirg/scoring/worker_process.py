@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from unirg.scoring.contract import RewardError
 from unirg.scoring.job_thread import JobThread
+from unirg.scoring.wire import TOKEN
 
 SETUP_SECONDS = 1800.0
 """What a reward may take to load, a download included."""
@@ -207,9 +208,11 @@ class Worker:
 
 
 def worker_environment() -> dict[str, str]:
-    """The environment of a worker: one CPU thread unless OMP_NUM_THREADS says otherwise, and no rank of the run (a
-    reward that asks accelerate or torch.distributed for its place would wait for the others)."""
-    ranked = (
+    """The environment of a worker: one CPU thread unless OMP_NUM_THREADS says otherwise, no token of a scoring server
+    (a plug-in has no need of it), and no rank of the run (a reward that asks accelerate or torch.distributed for its
+    place would wait for the others)."""
+    kept_back = (
+        TOKEN,
         "RANK",
         "LOCAL_RANK",
         "GROUP_RANK",
@@ -220,7 +223,7 @@ def worker_environment() -> dict[str, str]:
         "MASTER_PORT",
     )
     kept = {
-        key: value for key, value in os.environ.items() if key not in ranked and not key.startswith("TORCHELASTIC_")
+        key: value for key, value in os.environ.items() if key not in kept_back and not key.startswith("TORCHELASTIC_")
     }
     return {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | kept
 
