@@ -76,7 +76,6 @@ def our_stage(stage: Any, studies: int, image_size: int) -> StageRun:
     run = Path(tempfile.mkdtemp(prefix="unirg-benchmark-"))
     atexit.register(shutil.rmtree, run, ignore_errors=True)
     work = StageRun(recipe, stage, run, Accelerator(cpu=True), policy, train)
-    work.model = policy.model
     return work
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import transformers
 from pydantic import Field, model_validator
@@ -32,7 +33,7 @@ from unirg.processor import (
 )
 from unirg.prompt import PromptConfig, build_messages, prompt_images
 from unirg.section import Section
-from unirg.study import Study
+from unirg.study import Study, StudyImage
 from unirg.tiny import TinyConfig, build_image_processor, build_model, build_tokenizer
 
 PROMPT_CACHE_BYTES = 2 << 30
@@ -124,6 +125,9 @@ class Policy:
     stop_ids: tuple[int, ...]
     pad_id: int
     banned_ids: tuple[int, ...]
+    blank: EncodedPrompt | None = None
+    """A prompt with a blank film, set where weights are sharded: ranks put the layers together, those of the vision
+    tower too, so that all must call them, and a rank whose forward has no film takes this one."""
     _cache: "OrderedDict[int, tuple[Study, EncodedPrompt, int]]" = field(default_factory=OrderedDict)
     _cached_bytes: int = 0
 
@@ -270,6 +274,11 @@ class Policy:
             settings = {"video_processor_type": "Qwen3VLVideoProcessor"}
             settings |= {name: getattr(image, name) for name in ("patch_size", "merge_size", "temporal_patch_size")}
             (folder / "video_preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def blank_prompt(policy: Policy) -> EncodedPrompt:
+    """A prompt with one small black film: see `Policy.blank`."""
+    return policy.encode(Study("blank", images=(StudyImage(np.zeros((64, 64), dtype=np.uint8)),)))
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -68,7 +68,7 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-FREE = ("jobs", "threads", "output", "trackers", "evaluation")
+FREE = ("jobs", "threads", "distributed", "output", "trackers", "evaluation")
 """What a recipe may say anew of a run that exists: how it is run and judged, not what it learns."""
 FREE_IN_STAGES = ("shared_prefix", "shared_prefix_kernel", "shared_prefix_mismatch", "tokens_per_forward", "server")
 """The same of a stage: how its forwards are made, where its rewards are scored. The numbers stay the same to rounding.

@@ -41,7 +41,6 @@ def run_sft(work: StageRun, evaluate: Callable[[], dict[str, float]] | None) -> 
                     policy,
                     [policy.encode(study) for study in studies],
                     [[answer(study)] for study in studies],
-                    model=work.model,
                 )
                 loss = -scores.logps_BT.sum() / tokens
             work.backward(loss)

@@ -16,19 +16,22 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from unirg import run as run_folder
 from unirg.check import check, check_shares
 from unirg.data import fingerprint, load_studies
+from unirg.distributed import distribute, filled, outline, whole
 from unirg.errors import UserError
-from unirg.policy import Policy, load_policy, vision_tower
-from unirg.prompt import build_messages, report_text
+from unirg.policy import Policy, blank_prompt, load_policy, vision_tower
+from unirg.prompt import build_messages, prompt_images, report_text
 from unirg.recipe.load import dump_recipe, load_recipe
 from unirg.recipe.schema import GrpoStage, Recipe, SftStage, StageConfig, VisionStage
 from unirg.rollout import generate_reports
@@ -154,8 +157,7 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
         cpu=not torch.cuda.is_available(),
         log_with=list(recipe.trackers) or None,
         project_dir=str(run / "trackers" / stage.name),
-        # A batch without films leaves the vision tower out; some towers never use their last layer.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.distributed.timeout))],
     )
     world = accelerator.num_processes
     check_shares(stage, world)
@@ -167,23 +169,31 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
     # The tokenizer is trained on the recipe's own training texts, whatever the first stage reads.
     corpus = studies if start or config == recipe.data else load_studies(recipe.data, "train")
     policy = initial_policy(recipe, start, corpus)
-    policy.model.to(accelerator.device)
     work = StageRun(recipe, stage, run, accelerator, policy, studies)
     if accelerator.is_main_process:
         held = hold(work.folder)  # noqa: F841 - closed, and so released, when the stage ends
         run_folder.update_manifest(run, seed=recipe.seed, data={stage.name: fingerprint(studies)}, world_size=world)
         what = f"{type(stage).__name__.removesuffix('Stage').lower()}, {stage.steps} steps"
         console.print(f"[bold]{stage.name}[/bold]  {what}, from {recipe.start_of(stage)}", highlight=False)
+    strategy, half = recipe.distributed.strategy, policy.config.dtype == "bfloat16"
+    unsharded = outline(policy.model) if strategy == "fsdp2" and world > 1 else None
     if isinstance(stage, VisionStage):
+        policy.model.to(accelerator.device)
         if (tower := vision_tower(policy.base)) is not None:
             tower.requires_grad_(True)
         from unirg.vision import run_vision
 
         run_vision(work)
     else:
-        work.model = accelerator.prepare_model(policy.model)
-        # Forwards here enter autocast themselves; accelerate's own wrapper would turn all logits into float32 as well.
-        policy.model.__dict__.pop("forward", None)
+        from unirg.grpo.loop import load_reference
+
+        if unsharded is not None and policy.reads_images and any(prompt_images(s, recipe.prompt) for s in studies):
+            policy.blank = blank_prompt(policy)
+        # Before the policy is sharded: it may be the reference.
+        reference = load_reference(work) if isinstance(stage, GrpoStage) else None
+        distribute(policy.model, strategy, accelerator, half=half)
+        if reference is not None:
+            distribute(reference.model, strategy, accelerator, half=half, trained=False)
         with ExitStack() as engines:  # their workers end with the stage
             evaluate = dev_evaluation(work, engines) if stage.evaluate_every else None
             if isinstance(stage, SftStage):
@@ -192,14 +202,17 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
                 run_sft(work, evaluate)
             else:
                 assert isinstance(stage, GrpoStage)
-                from unirg.grpo.loop import load_reference, run_grpo
+                from unirg.grpo.loop import run_grpo
 
                 check_trainable(stage.rewards)
                 engine = engines.enter_context(scoring_engine(work, stage.rewards, "rewards"))
                 if accelerator.is_main_process:
                     run_folder.update_manifest(run, rewards={stage.name: engine.identities()})
                 sampler = HFSampler(policy, stage.sampling.rows_per_forward)
-                run_grpo(work, sampler, engine, evaluate, load_reference(work))
+                run_grpo(work, sampler, engine, evaluate, reference)
+    if unsharded is not None:
+        full = filled(unsharded, policy.model, accelerator.is_main_process)
+        policy = replace(policy, model=full)
     if accelerator.is_main_process:
         final = run_folder.final_folder(run, stage.name)
         part = final.with_name(".final.part")
@@ -257,7 +270,8 @@ def dev_evaluation(work: StageRun, engines: ExitStack) -> Callable[[], dict[str,
     limit = max_new_tokens(work.recipe)
 
     def evaluate() -> dict[str, float]:
-        with work.accelerator.autocast():
+        # Whole on all ranks from the first report to the last: they may need different numbers of batches.
+        with work.accelerator.autocast(), whole(work.policy.model):
             reports = generate_reports(
                 work.policy, work.mine(studies), max_new_tokens=limit, batch_size=config.batch_size
             )

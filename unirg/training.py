@@ -17,8 +17,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
+from torch.distributed.tensor import DTensor
 
 from unirg import run as run_folder
+from unirg.distributed import sum_gradients
 from unirg.policy import Policy
 from unirg.recipe.schema import OptimiserConfig, Recipe, StageConfig
 from unirg.rollout import request_seed
@@ -37,8 +39,6 @@ class StageRun:
     accelerator: Accelerator
     policy: Policy
     studies: Sequence[Study]
-    model: Any = None
-    """What training forwards call: the policy's model, wrapped for several ranks."""
 
     @property
     def folder(self) -> Path:
@@ -83,7 +83,7 @@ class StageRun:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of a share of the step's loss: shares of all micro-batches and ranks add up to it."""
-        self.accelerator.backward(loss * self.accelerator.num_processes)  # DDP averages over ranks
+        loss.backward()
 
 
 class Stopwatch:
@@ -166,7 +166,9 @@ def optimise(
         torch.manual_seed(work.seed("step", step, accelerator.process_index))  # dropout alone draws from it
         optimiser.zero_grad(set_to_none=True)
         metrics = step_metrics(step)
+        sum_gradients(weights.values())
         norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), stage.optimiser.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"stage {stage.name}, step {step + 1}: the gradient is {norm.item()}; checkpoints are intact. "

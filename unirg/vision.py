@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from unirg.distributed import distribute
 from unirg.errors import UserError
 from unirg.policy import Policy
 from unirg.study import Study
@@ -58,8 +59,8 @@ def run_vision(work: StageRun) -> None:
     labels = sorted({name for study in work.studies for name in study.labels})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(work.seed("head"))
-        probe = Probe(policy, labels).to(policy.device)
-    trained = work.accelerator.prepare(probe) if work.accelerator.num_processes > 1 else probe
+        probe = Probe(policy, labels)
+    distribute(probe, work.recipe.distributed.strategy, work.accelerator, half=policy.config.dtype == "bfloat16")
 
     def targets(study: Study) -> list[float]:
         known = {1: 1.0, 0: 0.0}
@@ -74,7 +75,7 @@ def run_vision(work: StageRun) -> None:
             batch = policy.image_inputs(prompts, range(len(prompts)))
             counts = [len(prompt.images["image_grid_thw"]) for prompt in prompts]
             with work.accelerator.autocast():
-                logits_BL = trained(batch["pixel_values"], batch["image_grid_thw"], counts).float()
+                logits_BL = probe(batch["pixel_values"], batch["image_grid_thw"], counts).float()
             target_BL = torch.tensor([targets(study) for study in studies], device=policy.device)
             mask_BL = ~target_BL.isnan()
             loss = binary_cross_entropy_with_logits(logits_BL[mask_BL], target_BL[mask_BL], reduction="sum")

@@ -84,13 +84,11 @@ def answer_logps(
     answers: Sequence[Sequence[Sequence[int]]],
     *,
     temperature: float = 1.0,
-    model: torch.nn.Module | None = None,
 ) -> AnswerScores:
-    """Log-probs of `answers[i]`, the token ids of the answers to `prompts[i]`; rows follow in that order.
-
-    `model` is what is called, where it is not `policy.model` itself (a DDP wrapper, a reference policy's model).
-    """
-    model = policy.model if model is None else model
+    """Log-probs of `answers[i]`, the token ids of the answers to `prompts[i]`; rows follow in that order."""
+    count = sum(map(len, answers))
+    if extra := film_stand_in(policy, prompts):
+        prompts, answers = [*prompts, *extra], [*answers, [[]]]
     rows = [i for i, group in enumerate(answers) for _ in group]
     flat = [list(answer) for group in answers for answer in group]
     batch = left_padded(policy, [prompts[i] for i in rows])
@@ -98,7 +96,7 @@ def answer_logps(
     ids_BT = torch.full((len(flat), length), policy.pad_id)
     mask_BT = torch.zeros(len(flat), length, dtype=torch.long)
     for row, answer in enumerate(flat):
-        ids_BT[row, : len(answer)] = torch.tensor(answer)
+        ids_BT[row, : len(answer)] = torch.tensor(answer, dtype=torch.long)
         mask_BT[row, : len(answer)] = 1
     ids_BT, mask_BT = ids_BT.to(policy.device), mask_BT.to(policy.device)
     first_B = torch.tensor([prompts[i].next_position for i in rows], device=policy.device)
@@ -108,7 +106,7 @@ def answer_logps(
     keep = length + 1
     types_BT = torch.zeros_like(ids_BT)
     takes_keep = "logits_to_keep" in policy.forward_takes
-    out = model(
+    out = policy.model(
         input_ids=torch.cat([batch["input_ids"], ids_BT], dim=1),
         attention_mask=torch.cat([batch["attention_mask"], mask_BT], dim=1),
         position_ids=torch.cat([batch["position_ids"], positions_BT], dim=-1),
@@ -119,7 +117,14 @@ def answer_logps(
     )
     logits_BTV = out.logits[:, -keep:-1]
     logps_BT, entropies_BT = logps_and_entropy(logits_BTV, ids_BT, temperature, policy.banned_ids)
-    return AnswerScores(logps_BT * mask_BT, entropies_BT.detach() * mask_BT, mask_BT)
+    scores = (logps_BT * mask_BT, entropies_BT.detach() * mask_BT, mask_BT)
+    return AnswerScores(*(x_BT[:count] for x_BT in scores))
+
+
+def film_stand_in(policy: Policy, prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
+    """A blank film's prompt for a forward whose own have no film, where every rank must call the vision tower; its
+    answer is no one's, so that it adds zeros to the tower's gradients."""
+    return [policy.blank] if policy.blank is not None and not any(prompt.images for prompt in prompts) else []
 
 
 def dense_tokens(parts: Sequence[tuple[int, Sequence[int]]]) -> int:

@@ -115,7 +115,7 @@ def forward_pass(
     with watch("logps"), work.accelerator.autocast():
         # The reference first: its activations go before the policy's come.
         reference_logps_BT = _reference_logps(work, forward, reference, prompts, answers)
-        scores = forward.logps(work.policy, prompts, answers, temperature=temperature, model=work.model)
+        scores = forward.logps(work.policy, prompts, answers, temperature=temperature)
         return Pass(micro, active, scores, reference_logps_BT)
 
 

@@ -62,10 +62,9 @@ def sample_groups(
     """Samples G reports for each study, and submits them as they are finished: workers score the short ones while the
     long ones are sampled. Where a reward compares a study's reports, all are submitted at the end.
 
-    Seeds follow from run, step, study and sample, not from rank or batch shape.
+    Seeds follow from run, step, study and sample, not from rank or batch shape. Of several ranks each calls this as
+    often as the others, with no studies if it has none: engines may need all of them.
     """
-    if not studies:
-        return [], []
     stage: GrpoStage = work.stage
     seeds = [[work.seed("sample", batch, attempt, s.id, g) for g in range(stage.group_size)] for s in studies]
     submitted: Submitted = []

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from unirg.grpo.forward import AnswerScores, Forward
+from unirg.grpo.forward import AnswerScores, Forward, film_stand_in
 from unirg.grpo.loss import logps_and_entropy
 from unirg.grpo.prefix_attention import NAME, Kernel, PackedLayout, PackedStudy, register
 from unirg.policy import EncodedPrompt, Policy
@@ -79,15 +79,15 @@ def packed_logps(
     answers: Sequence[Sequence[Sequence[int]]],
     *,
     temperature: float = 1.0,
-    model: torch.nn.Module | None = None,
     kernel: Kernel = "sdpa",
 ) -> AnswerScores:
     """Log-probs of `answers[i]`, the token ids of the answers to `prompts[i]`; rows follow in that order.
 
     What `answer_logps` gives, to rounding, from one forward over one packed row. `prepare` must have been called on the
-    policy. `model` is what is called, where it is not `policy.model` itself.
+    policy.
     """
-    model = policy.model if model is None else model
+    if extra := film_stand_in(policy, prompts):
+        prompts, answers = [*prompts, *extra], [*answers, []]
     device = policy.device
     ids, positions, types, keep = [], [], [], []
     studies: list[PackedStudy] = []
@@ -108,7 +108,7 @@ def packed_logps(
     types_T = torch.cat(types).to(device)
     blocks_T = _image_blocks(types_T) if policy.base.config.model_type in TWO_WAY_IMAGES else None
     takes_types = "token_type_ids" in policy.forward_takes
-    out = model(
+    out = policy.model(
         input_ids=torch.cat(ids)[None].to(device),
         position_ids=torch.cat(positions, dim=-1).to(device),
         # Four dimensions say "ready-made" to transformers, which then makes no mask; the layout stands in for it.

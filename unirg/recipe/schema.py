@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from unirg.data import DataConfig
+from unirg.distributed import DistributedConfig
 from unirg.evaluation.evaluate import EvaluationConfig
 from unirg.grpo.loss import LossConfig
 from unirg.grpo.monitors import MonitorConfig
@@ -176,6 +177,8 @@ class Recipe(Section):
     """The stages, in order; each starts from the one before it unless it says otherwise."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured at the end, and against which stage."""
+    distributed: DistributedConfig = DistributedConfig()
+    """How several ranks share the work."""
     jobs: int = Field(1, gt=0)
     """How many stages that do not wait for each other run at once, each as its own process."""
     threads: int | None = Field(None, gt=0)

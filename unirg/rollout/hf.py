@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from unirg.distributed import whole
 from unirg.policy import EncodedPrompt, Policy
 from unirg.rollout.sampler import Sample
 
@@ -24,7 +25,6 @@ class HFSampler:
         self.policy = policy
         self.rows_per_forward = rows_per_forward
 
-    @torch.inference_mode()
     def sample(
         self,
         prompts: Sequence[EncodedPrompt],
@@ -34,7 +34,10 @@ class HFSampler:
         max_new_tokens: int,
         finished: Callable[[int, int, Sample], None] | None = None,
     ) -> list[list[Sample]]:
-        """See `Sampler.sample`. Whole groups are decoded together, at most `rows_per_forward` rows at once."""
+        """See `Sampler.sample`. Whole groups are decoded together, at most `rows_per_forward` rows at once.
+
+        Sharded weights are whole on every rank meanwhile: all ranks sample together, any number of prompts each.
+        """
         model = self.policy.model
         training = model.training
         checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
@@ -44,14 +47,15 @@ class HFSampler:
         try:
             groups: list[list[Sample]] = []
             first = 0
-            while first < len(prompts):
-                last, rows = first, 0
-                while last < len(prompts) and (last == first or rows + len(seeds[last]) <= self.rows_per_forward):
-                    rows += len(seeds[last])
-                    last += 1
-                tell = None if finished is None else _shifted(finished, first)
-                groups += self._decode(prompts[first:last], seeds[first:last], temperature, max_new_tokens, tell)
-                first = last
+            with whole(model), torch.inference_mode():
+                while first < len(prompts):
+                    last, rows = first, 0
+                    while last < len(prompts) and (last == first or rows + len(seeds[last]) <= self.rows_per_forward):
+                        rows += len(seeds[last])
+                        last += 1
+                    tell = None if finished is None else _shifted(finished, first)
+                    groups += self._decode(prompts[first:last], seeds[first:last], temperature, max_new_tokens, tell)
+                    first = last
             return groups
         finally:
             model.train(training)

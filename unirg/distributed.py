@@ -1,0 +1,161 @@
+"""How the weights of a run lie on its ranks, and what that asks of gradients, of sampling and of what is written.
+
+`ddp`: every rank holds the model. Gradients are summed once a step, in buckets, before the clip: a step has many
+backwards, and a sum after each, as torch's DDP wrapper makes, would move the gradients of all weights as many times.
+
+`fsdp2`: torch's `fully_shard`, by decoder layer, vision block and what is left. Every rank holds its part of weights,
+gradients and optimiser state (DTensors); a layer is put together for as long as it computes. Ranks must then call the
+same layers in the same order: see `Policy.blank` for forwards without films, and `whole` for sampling.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from pydantic import Field
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from unirg.section import Section
+
+BUCKET = 1 << 26
+"""Elements in one sum of gradients over ranks: 256 MiB in float32."""
+
+
+class DistributedConfig(Section):
+    """How several ranks (torchrun's processes) share the work; one process does not read it."""
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """ddp: each rank holds all weights. fsdp2: weights, gradients and optimiser state are sharded over the ranks; while
+    the Hugging Face engine samples, each rank holds all weights."""
+    timeout: float = Field(1800.0, gt=0)
+    """Seconds that ranks wait for each other in one operation before the run ends with an error. Rewards and evaluation
+    on one rank happen while others wait."""
+
+
+def distribute(
+    module: nn.Module, strategy: str, accelerator: Accelerator, *, half: bool = False, trained: bool = True
+) -> None:
+    """Lays a module that every rank holds in full out over the ranks, in place; the first rank's weights count.
+
+    `half`: the forward runs under bfloat16 autocast. What is not `trained` gives all of its weights back after each
+    forward. To be called before the optimiser is made, by all ranks alike.
+    """
+    if accelerator.num_processes == 1 or strategy == "ddp":
+        module.to(accelerator.device)
+    if accelerator.num_processes == 1:
+        return
+    for parameter in module.parameters():  # a head that a checkpoint lacks is drawn by each rank for itself
+        first = parameter.data.to(accelerator.device)
+        dist.broadcast(first, 0)
+        parameter.data.copy_(first)
+    if strategy == "ddp":
+        return
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    # What autocast would cast at every matrix product is sent in half precision. Inputs stay as they are, and so do
+    # embeddings and whatever stands outside the layers: the residual stream is float32, as it is under ddp.
+    layers = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in stacked_layers(module):
+        fully_shard(layer, mesh=mesh, mp_policy=layers)
+    fully_shard(module, mesh=mesh, mp_policy=rest, reshard_after_forward=None if trained else True)
+    for part in sharded_modules(module):
+        part.set_gradient_divide_factor(1.0)  # shares of a loss add up
+        part.set_force_sum_reduction_for_comms(True)
+
+
+def stacked_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of every outermost stack (a ModuleList of two or more modules of one class): decoder layers, vision
+    blocks, mergers."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(layer) for layer in child}) == 1:
+            found += list(child)
+        else:
+            found += stacked_layers(child)
+    return found
+
+
+def sharded_modules(module: nn.Module) -> list[Any]:
+    """The parts of `module` that FSDP2 gathers and gives back by themselves; none where it is not sharded."""
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Every rank holds all weights meanwhile, so that each can make as many forwards (without gradients) as it needs.
+
+    A collective: all ranks enter and leave it together. Does nothing where weights are not sharded, or are whole
+    already. Of the choices for sampling it is the simple one: gathering layer by layer at every decoded token would
+    move all weights once a token, and ranks would have to decode equally many. Where the weights do not fit one device,
+    sampling needs an engine of its own.
+    """
+    parts = sharded_modules(module)
+    if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():  # or what is gathered here could never be trained
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not parts[0], recurse=False)  # the root's backward comes at once
+            part.reshard()
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sums gradients over ranks, in place; FSDP2 has summed those of its own. A parameter without a gradient on some
+    ranks counts as zero there (no film in any of their forwards); without one anywhere it keeps none."""
+    held = [p for p in parameters if not isinstance(p, DTensor)]
+    if not held or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    used = torch.tensor([p.grad is not None for p in held], device=held[0].device, dtype=torch.int32)
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    buckets: list[list[nn.Parameter]] = []
+    for parameter in (p for p, somewhere in zip(held, used.tolist(), strict=True) if somewhere):
+        last = buckets[-1] if buckets else []
+        if last and last[0].dtype == parameter.dtype and sum(p.numel() for p in [*last, parameter]) <= BUCKET:
+            last.append(parameter)
+        else:
+            buckets.append([parameter])
+    for bucket in buckets:
+        flat = torch.cat([(p.new_zeros(p.shape) if p.grad is None else p.grad).flatten() for p in bucket])
+        dist.all_reduce(flat)
+        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+def outline(module: nn.Module) -> nn.Module:
+    """A copy of `module` without its weights, for `filled`; FSDP2's own modules cannot be copied."""
+    empty = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, empty)
+
+
+def filled(outlined: nn.Module, module: nn.Module, main: bool) -> nn.Module | None:
+    """`outlined` with the weights of the sharded `module`, on the CPU of the main process; None on the others.
+
+    A collective: all ranks call it.
+    """
+    weights = {}
+    for name, tensor in module.state_dict().items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if main:
+            weights[name] = full.cpu()
+    if not main:
+        return None
+    outlined.load_state_dict(weights, assign=True)
+    model: Any = outlined
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return outlined
