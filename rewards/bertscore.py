@@ -9,7 +9,8 @@ weigh alike; with `idf_corpus` they weigh their inverse document frequency in th
 batch's own references, which the package takes, are not offered: with one reference all of them are zero.
 
 To a candidate without a token the package gives raw 0, which rescales to -5.55: beside texts that score within one of
-each other, it alone would set the spread of its group. Here it scores -1, and no rescaled score is lower.
+each other, it alone would set the spread of its group. Here it scores -1, and no rescaled score is lower: silence never
+beats a try, however poor, and stays on the scale of the others. `official_edges: true` gives the package's value.
 Taken alone, BERTScore hardly sees a negation or a severity that is turned round.
 """
 
@@ -44,8 +45,9 @@ class BertScore:
 
     Options: `model` (its name; a hub id unless `model_folder` says where it lies), `layer` (the package's for `model`
     by default), `rescale` true (default) or false, `baseline` (the package's TSV for the model, where its layer is none
-    of KNOWN), `idf_corpus` (a JSONL file of reports). Rescaled scores lie in [-1, 1], others in [0, 1] with any real
-    model. A candidate without a token scores -1 (0 where not rescaled); a study whose reference has none is masked.
+    of KNOWN), `idf_corpus` (a JSONL file of reports), `official_edges` (see the module). Rescaled scores lie in
+    [-1, 1], others in [0, 1] with any real model. A candidate without a token scores -1 (0 where not rescaled); a study
+    whose reference has none is masked.
     """
 
     needs = "the encoder's weights: a hub id in `model`, or its folder in `model_folder`"
@@ -59,6 +61,7 @@ class BertScore:
         model_folder: str | None = None,
         baseline: str | None = None,
         idf_corpus: str | None = None,
+        official_edges: bool = False,
     ) -> None:
         known_layer, known_baseline = KNOWN.get(model, (0, None))
         if layer is None and not known_layer:
@@ -69,6 +72,7 @@ class BertScore:
             raise ValueError("a `baseline` is for rescaling, and rescale is false; leave one of them out")
         self.layer: int = known_layer if layer is None else layer
         self.model, self.rescale, self.model_folder, self.idf_corpus = model, rescale, model_folder, idf_corpus
+        self.official_edges = official_edges
         self.baseline: float | None = None
         if rescale and baseline is not None:
             self.baseline = read_baseline(baseline, self.layer)
@@ -109,7 +113,7 @@ class BertScore:
 
     @property
     def _silent(self) -> float:
-        return FLOOR if self.rescale else 0.0
+        return self._rescaled(0.0) if self.official_edges or not self.rescale else FLOOR
 
     def score(self, candidates: list[str], references: list[str], **columns: Any) -> list[float | None]:
         """See the class."""
@@ -135,10 +139,11 @@ class BertScore:
             raw = iter(torch.stack(found).tolist() if found else [])  # an accelerator is waited for once, here
         scores: list[float | None] = []
         for candidate, reference in pairs:
-            if reference not in known:
+            if reference not in known and not self.official_edges:
                 scores.append(None)
             else:
-                scores.append(self._rescaled(next(raw)) if candidate in known else self._silent)
+                both = candidate in known and reference in known
+                scores.append(self._rescaled(next(raw)) if both else self._silent)
         return scores
 
     def _embed(self, texts: list[str]) -> "dict[str, tuple[torch.Tensor, torch.Tensor]]":
@@ -164,7 +169,8 @@ class BertScore:
     def _rescaled(self, raw: float) -> float:
         if self.baseline is None:
             return raw
-        return max(FLOOR, (raw - self.baseline) / (1 - self.baseline))
+        rescaled = (raw - self.baseline) / (1 - self.baseline)
+        return rescaled if self.official_edges else max(FLOOR, rescaled)
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids with the special ones, cut at the encoder's limit."""

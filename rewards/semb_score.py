@@ -2,6 +2,9 @@
 
 The cosine of the two last-layer [CLS] vectors, before any label is read from them. It moves with everything CheXbert
 reads labels from, and with style; it is a component of RadCliQ.
+
+Upstream embeds an empty report like any other, and its cosine may be above that of a report that says something. Here
+silence scores -1, the least there is, so that it never beats a try; `official_edges: true` gives upstream's value.
 """
 
 from typing import Any
@@ -12,21 +15,21 @@ from .chexbert import weights_identity
 from .chexbert_model import NEEDS, CheXbert, Reading, load_chexbert
 from .text_encoder import SHARES
 
-SILENT = -1.0  # upstream embeds an empty report like any other; here silence may not beat a try
+SILENT = -1.0
 
 
 class SembScore:
     """Cosine of CheXbert's vectors of report and reference.
 
-    Options: `model_folder` and `bert`, see `load_chexbert`. Lies in [-1, 1]. A candidate without a token scores -1, the
-    least there is; a study whose reference has none is masked.
+    Options: `model_folder` and `bert`, see `load_chexbert`; `official_edges` (see the module). Lies in [-1, 1]. A
+    candidate without a token scores -1, the least there is; a study whose reference has none is masked.
     """
 
     needs = NEEDS
     shares = SHARES
 
-    def __init__(self, model_folder: str | None = None, bert: str | None = None) -> None:
-        self.model_folder, self.bert = model_folder, bert
+    def __init__(self, model_folder: str | None = None, bert: str | None = None, official_edges: bool = False) -> None:
+        self.model_folder, self.bert, self.official_edges = model_folder, bert, official_edges
         self._model: CheXbert | None = None
 
     def setup(self, device: str = "cpu") -> None:
@@ -36,7 +39,8 @@ class SembScore:
     @property
     def identity(self) -> dict[str, Any]:
         """The vector that is compared, what silence gets, and once loaded the weights' fingerprint."""
-        named = {"metric": "SembScore", "vector": "CheXbert [CLS]", "empty candidate": SILENT}
+        silent = "embedded" if self.official_edges else SILENT
+        named = {"metric": "SembScore", "vector": "CheXbert [CLS]", "empty candidate": silent}
         return named | weights_identity(self._model)
 
     def score(self, candidates: list[str], references: list[str], **columns: Any) -> list[float | None]:
@@ -46,15 +50,14 @@ class SembScore:
         assert self._model is not None
         readings = self._model.read([*candidates, *references])
         return [
-            _pair(candidate, reference)
+            self._pair(candidate, reference)
             for candidate, reference in zip(readings[: len(candidates)], readings[len(candidates) :], strict=True)
         ]
 
-
-def _pair(candidate: Reading, reference: Reading) -> float | None:
-    if reference.empty:
-        return None
-    return SILENT if candidate.empty else cosine(candidate.vector_E, reference.vector_E)
+    def _pair(self, candidate: Reading, reference: Reading) -> float | None:
+        if not self.official_edges and (candidate.empty or reference.empty):
+            return None if reference.empty else SILENT
+        return cosine(candidate.vector_E, reference.vector_E)
 
 
 def cosine(one_E: np.ndarray, other_E: np.ndarray) -> float:

@@ -104,6 +104,10 @@ def test_semb_score_is_the_cosine_of_the_official_models_cls(chexbert):
     expected = [torch.cosine_similarity(vector(a), vector(b), dim=0).item() for a, b in zip(CANDIDATES, REFERENCES)]
     scores = load_reward("semb_score", {"model_folder": str(folder)}).score(CANDIDATES, REFERENCES)
     assert scores == pytest.approx(expected, abs=1e-6)
+    empty, full = ["", " ", REPORTS[0], ""], [REPORTS[0], REPORTS[1], "", ""]
+    expected = [torch.cosine_similarity(vector(a), vector(b), dim=0).item() for a, b in zip(empty, full)]
+    scores = load_reward("semb_score", {"model_folder": str(folder), "official_edges": True}).score(empty, full)
+    assert scores == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +147,10 @@ def test_bertscore_is_the_packages(roberta, tmp_path, layer, rescale, idf):
     options |= {"baseline": baseline} if rescale else {}
     options |= {"idf_corpus": str(corpus)} if idf else {}
     scores = load_reward("bertscore", options).score(CANDIDATES, REFERENCES)
+    assert scores == pytest.approx(expected, abs=1e-6)
+    empty, full = ["", " ", REPORTS[0]], [REPORTS[0], REPORTS[1], ""]
+    expected = [official.score([text], [other])[2].item() for text, other in zip(empty, full)]
+    scores = load_reward("bertscore", options | {"official_edges": True}).score(empty, full)
     assert scores == pytest.approx(expected, abs=1e-6)
 
 

@@ -76,6 +76,18 @@ def test_silence_scores_the_least_there_is(options):
     assert load_reward("bertscore", plain).score(candidates, references) == [0, 0, None, None]
 
 
+def test_official_edges_give_the_packages_value(options):
+    candidates, references = ["", REPORTS[0], " ", REPORTS[0]], [REPORTS[0], " ", "", REPORTS[1]]
+    reward = load_reward("bertscore", options | {"official_edges": True})
+    scores = reward.score(candidates, references)
+    assert scores[:3] == pytest.approx([-0.32 / 0.68] * 3)  # raw 0, rescaled with the baseline .32
+    assert scores[3:] == load_reward("bertscore", options).score(candidates[3:], references[3:])
+    assert reward.identity["empty candidate"] == scores[0]
+    # of the model that RadCliQ takes: what the package and its users print
+    official = load_reward("bertscore", {"official_edges": True}).identity["empty candidate"]
+    assert official == pytest.approx(-5.55, abs=0.001)
+
+
 def test_no_rescaled_score_is_lower_than_silence(options, tmp_path):
     steep = tmp_path / "steep.tsv"
     steep.write_text("LAYER,P,R,F\n2,0.99,0.99,0.99\n")

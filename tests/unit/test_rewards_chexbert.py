@@ -184,6 +184,12 @@ def test_blank_reports(folder):
     assert load_reward("chexbert", {"model_folder": str(folder)}).score(candidates, references) == [0, 0, 0, None, None]
     scores = load_reward("semb_score", {"model_folder": str(folder)}).score(candidates, references)
     assert scores == [-1, -1, -1, None, None]
+    # upstream embeds what is empty, and may prefer it to a report that says something
+    official = load_reward("semb_score", {"model_folder": str(folder), "official_edges": True})
+    there = official.score([*candidates, REPORTS[1]], [*references, REPORTS[0]])
+    assert there[0] > -1 and there[4] == pytest.approx(1)
+    assert there[5:] == load_reward("semb_score", {"model_folder": str(folder)}).score([REPORTS[1]], [REPORTS[0]])
+    assert official.identity["empty candidate"] == "embedded"
 
 
 @pytest.mark.parametrize(
