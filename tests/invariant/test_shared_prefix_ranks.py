@@ -1,4 +1,5 @@
-"""Two ranks, under DDP and under FSDP2, give the gradients of one process on the dense path."""
+"""Two ranks, under DDP and under FSDP2, give the gradients of one process on the dense path, whichever of them has films
+in which of its forwards."""
 
 import os
 import subprocess
@@ -9,21 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from accelerate import Accelerator
 
 from tests.parity import LENGTHS, assert_same_gradients, encode, gradients, random_answers, wide_policy
+from unirg.distributed import distribute, sum_gradients
 from unirg.grpo.forward import AnswerScores, answer_logps
 from unirg.grpo.shared_prefix import packed_logps
-from unirg.policy import Policy
+from unirg.policy import blank_prompt
 
 WAYS = ("ddp", "fsdp2", "fsdp2 recomputed", "fsdp2 dense")
-SPLIT = 2  # the first rank has the first two studies
+FORWARDS = (([0], [1]), ([2], [3]))  # studies by rank and forward: the second rank's first forward has no film
 
 
 def summed(first: int) -> Callable[[AnswerScores], torch.Tensor]:
-    """A loss that adds up over ranks: each token's weight follows from its place in the whole batch, whose rows here
-    count from `first`."""
+    """A loss that adds up over ranks and forwards: each token's weight follows from its place in the whole batch, whose
+    rows here count from `first`."""
 
     def loss(scores: AnswerScores) -> torch.Tensor:
         rows, tokens = scores.logps_BT.shape
@@ -33,36 +34,26 @@ def summed(first: int) -> Callable[[AnswerScores], torch.Tensor]:
     return loss
 
 
-def shard(policy: Policy) -> None:
-    """FSDP2 as usual: each layer by itself, then what is left."""
-    for layer in (*policy.model.model.language_model.layers, *policy.model.model.visual.blocks):
-        fully_shard(layer)
-    fully_shard(policy.model)
-
-
 def one_rank(folder: Path) -> None:
     """This rank's share of the batch in every way; the first rank writes the whole gradients."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    own = slice(SPLIT) if rank == 0 else slice(SPLIT, None)
-    loss = summed(0 if rank == 0 else sum(map(len, LENGTHS[:SPLIT])))
+    accelerator = Accelerator(cpu=True)
     for way in WAYS:
         policy = wide_policy(gradient_checkpointing="recomputed" in way)
-        prompts, answers = encode(policy)[own], random_answers(policy, LENGTHS)[own]
-        model = policy.model
-        if way == "ddp":
-            model = DistributedDataParallel(policy.model)
-        else:
-            shard(policy)
-        # Both engines average over ranks.
+        prompts, answers = encode(policy), random_answers(policy, LENGTHS)
+        distribute(policy.model, way.split()[0], accelerator)
+        if "fsdp2" in way:
+            policy.blank = blank_prompt(policy)
         forward = answer_logps if "dense" in way else packed_logps
-        scores = forward(policy, prompts, answers, model=model)
-        (loss(scores) * ranks).backward()
+        for chosen in FORWARDS[accelerator.process_index]:
+            scores = forward(policy, [prompts[i] for i in chosen], [answers[i] for i in chosen])
+            assert len(scores.logps_BT) == sum(len(answers[i]) for i in chosen)
+            summed(sum(map(len, LENGTHS[: chosen[0]])))(scores).backward()
+        sum_gradients(policy.model.parameters())
         whole = {}
         for name, p in policy.model.named_parameters():
-            whole[name] = p.grad.full_tensor() if way != "ddp" else p.grad  # a collective: on every rank
-        if rank == 0:
+            whole[name] = p.grad.full_tensor() if "fsdp2" in way else p.grad  # a collective: on every rank
+        if accelerator.is_main_process:
             torch.save(whole, folder / f"{way}.pt")
     torch.distributed.destroy_process_group()
 
