@@ -24,6 +24,7 @@ of several pairs, the mean of the ratios. So a corpus can be resampled without a
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -91,14 +92,19 @@ class RewardConfig(Section):
     worker: bool = True
     """Score in a worker process during training, where a crash or a hang cannot take the run along, and while the
     policy computes; false scores in the training process."""
-    server: str | None = Field(None, pattern=r"^https?://[A-Za-z0-9._\-\[\]:]+$")
+    server: str | None = None
     """A scoring server that scores in place of this machine, such as `http://node7:8100`; it is started with the same
     name and options by `unirg rewards serve`. Reports, references and columns are sent there."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "RewardConfig":
-        if self.server is not None and not self.worker:
+        if self.server is None:
+            return self
+        if not self.worker:
             raise ValueError(f"reward '{self.log_label}': with a `server`, `worker: false` has no meaning")
+        address = re.fullmatch(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:]+\]):(\d{1,5})", self.server, re.ASCII)
+        if address is None or not 0 < int(address[1]) < 1 << 16:
+            raise ValueError(f"reward '{self.log_label}': server '{self.server}': expected http://HOST:PORT")
         return self
 
     @property
