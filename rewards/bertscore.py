@@ -38,6 +38,7 @@ KNOWN = {
 FLOOR = -1.0
 BLOCK = 256  # pairs whose token vectors are held at once
 PAIRS = 50_000  # scores remembered
+REFERENCES = 512  # whose token vectors are remembered: about 300 kB each, at 100 tokens
 
 
 class BertScore:
@@ -88,6 +89,7 @@ class BertScore:
         self._unseen = 0.0
         self._corpus = ""
         self._scores: Recent[float | None] = Recent(PAIRS)
+        self._references: Recent[tuple[torch.Tensor, torch.Tensor] | None] = Recent(REFERENCES)
 
     def setup(self, device: str = "cpu") -> None:
         """Load the encoder, and count the corpus where one is given. Raises RewardError saying what is missing."""
@@ -115,6 +117,10 @@ class BertScore:
     def _silent(self) -> float:
         return self._rescaled(0.0) if self.official_edges or not self.rescale else FLOOR
 
+    def prepare(self, references: list[str]) -> None:
+        """Encode references, the last REFERENCES of which are remembered."""
+        self._encode(references)
+
     def score(self, candidates: list[str], references: list[str], **columns: Any) -> list[float | None]:
         """See the class."""
         pairs = list(zip(candidates, references, strict=True))
@@ -127,9 +133,9 @@ class BertScore:
     def _block(self, pairs: list[tuple[str, str]]) -> list[float | None]:
         import torch
 
-        if self._encoder is None:
-            self.setup()
-        known = self._embed(list(dict.fromkeys(text for pair in pairs for text in pair)))
+        wanted = self._encode([reference for _, reference in pairs])
+        known = {text: vectors for text, vectors in wanted.items() if vectors is not None}
+        known |= self._embed(list(dict.fromkeys(text for text, _ in pairs if text not in wanted)))
         with torch.inference_mode():
             found = [
                 greedy_f1(*known[candidate], *known[reference])
@@ -146,11 +152,24 @@ class BertScore:
                 scores.append(self._rescaled(next(raw)) if both else self._silent)
         return scores
 
+    def _encode(self, references: list[str]) -> "dict[str, tuple[torch.Tensor, torch.Tensor] | None]":
+        """`_embed` of references, remembered; None for one without a token that counts."""
+        if self._encoder is None:
+            self.setup()
+
+        def embedded(new: list[str]) -> "list[tuple[torch.Tensor, torch.Tensor] | None]":
+            found = self._embed(new)
+            return [found.get(text) for text in new]
+
+        return self._references.look_up(references, embedded)
+
     def _embed(self, texts: list[str]) -> "dict[str, tuple[torch.Tensor, torch.Tensor]]":
         """Unit vectors (T, E) and weights (T) of each text's tokens; a text without a token that counts is left out."""
         import torch
 
         assert self._encoder is not None
+        if not texts:  # which a tokenizer does not take
+            return {}
         weights = {}
         for text, ids in zip(texts, self._tokens(texts), strict=True):
             weights_T = torch.tensor([self._weight(token) for token in ids])

@@ -51,6 +51,10 @@ class CheXbertF1:
         options = {"classes": self.classes, "uncertain": self.uncertain, "nothing positive": 1}
         return {"metric": "CheXbert micro F1 per report"} | options | weights_identity(self._model)
 
+    def prepare(self, references: list[str]) -> None:
+        """Read references, which the model remembers."""
+        self._read(references)
+
     def score(self, candidates: list[str], references: list[str], **columns: Any) -> list[float | None]:
         """See the class."""
         readings = self._read([*candidates, *references])

@@ -85,6 +85,11 @@ class EntityF1:
         counted = {"polarity": self.polarity, "level": self.level}
         return {"metric": "entity F1", "backend": "offline", "extractor": "unirg.extraction"} | counted
 
+    def prepare(self, references: list[str]) -> None:
+        """Annotate references, where RadGraph does it."""
+        if self.radgraph:
+            self.radgraph.prepare(references)
+
     def score(self, candidates: list[str], references: list[str], **columns: Any) -> list[float | None]:
         """See the class."""
         if self.radgraph:

@@ -76,13 +76,17 @@ class RadCliQ:
         self.components = Components(radgraph, bertscore, chexbert)
 
     @property
-    def shares(self) -> str | None:
-        """RadGraph's, the dearest of the models."""
+    def shares(self) -> tuple[str, ...]:
+        """Its models'."""
         return self.components.shares
 
     def setup(self, device: str = "cpu") -> None:
         """Load the models. Raises what the components raise, which says what is missing."""
         self.components.setup(device)
+
+    def prepare(self, references: list[str]) -> None:
+        """Let the models read references, which they remember."""
+        self.components.prepare(references)
 
     @property
     def identity(self) -> dict[str, Any]:

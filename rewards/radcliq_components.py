@@ -13,6 +13,7 @@ from .bertscore import BertScore
 from .bleu import Bleu
 from .radgraph_f1 import RadGraphF1
 from .semb_score import SembScore
+from .text_encoder import SHARES
 
 RADGRAPH = {"level": "combined", "model": "radgraph", "case": "pypi"}
 NEEDS = "the weights of RadGraph, CheXbert and distilroberta-base, by `model_folder` in each component's options"
@@ -33,9 +34,9 @@ class Components:
         self.bleu = Bleu("rexrank")
 
     @property
-    def shares(self) -> str | None:
-        """Whom they share a process with: other rewards of the same RadGraph model."""
-        return self.radgraph.shares
+    def shares(self) -> tuple[str, ...]:
+        """Whom they share a process with: other rewards of the same RadGraph model, and those of the text encoders."""
+        return (self.radgraph.shares, SHARES)
 
     def setup(self, device: str = "cpu") -> None:
         """Load the three models."""
@@ -48,9 +49,15 @@ class Components:
         names = ("radgraph", "bertscore", "semb_score", "bleu")
         return {name: getattr(self, name).identity for name in names}
 
+    def prepare(self, references: list[str]) -> None:
+        """Let the three models read references, which they remember."""
+        self.radgraph.prepare(references)
+        self.bertscore.prepare(_joined(references))
+        self.semb_score.prepare(references)
+
     def values(self, candidates: list[str], references: list[str]) -> list[dict[str, float] | None]:
         """By component's name, the values of each pair; None where one of them cannot judge it."""
-        stated, wanted = ([re.sub(" +", " ", text) for text in texts] for texts in (candidates, references))
+        stated, wanted = _joined(candidates), _joined(references)
         columns = {
             "radgraph": self.radgraph.score(candidates, references),
             "bertscore": self.bertscore.score(stated, wanted),
@@ -62,3 +69,8 @@ class Components:
             judged = [value for value in values if value is not None]
             rows.append(dict(zip(columns, judged, strict=True)) if len(judged) == len(columns) else None)
         return rows
+
+
+def _joined(texts: list[str]) -> list[str]:
+    """With runs of blanks joined."""
+    return [re.sub(" +", " ", text) for text in texts]

@@ -75,6 +75,10 @@ class RadGraphF1:
         if self._radgraph is None:
             self._radgraph = load_radgraph(self.model, self.model_folder, device, self.precision)
 
+    def prepare(self, references: list[str]) -> None:
+        """Annotate references, which the model remembers."""
+        self.annotate(references)
+
     def score(self, candidates: list[str], references: list[str], **columns: Any) -> list[float | None]:
         """See the class."""
         values = self.values(candidates, references)

@@ -43,16 +43,23 @@ class SembScore:
         named = {"metric": "SembScore", "vector": "CheXbert [CLS]", "empty candidate": silent}
         return named | weights_identity(self._model)
 
+    def prepare(self, references: list[str]) -> None:
+        """Read references, which the model remembers."""
+        self._read(references)
+
     def score(self, candidates: list[str], references: list[str], **columns: Any) -> list[float | None]:
         """See the class."""
-        if self._model is None:
-            self.setup()
-        assert self._model is not None
-        readings = self._model.read([*candidates, *references])
+        readings = self._read([*candidates, *references])
         return [
             self._pair(candidate, reference)
             for candidate, reference in zip(readings[: len(candidates)], readings[len(candidates) :], strict=True)
         ]
+
+    def _read(self, reports: list[str]) -> list[Reading]:
+        if self._model is None:
+            self.setup()
+        assert self._model is not None
+        return self._model.read(reports)
 
     def _pair(self, candidate: Reading, reference: Reading) -> float | None:
         if not self.official_edges and (candidate.empty or reference.empty):

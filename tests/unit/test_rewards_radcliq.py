@@ -10,6 +10,7 @@ from unirg.evaluation.intervals import corpus_statistic
 from unirg.scoring.contract import RewardError
 from unirg.scoring.registry import load_reward
 from unirg_rewards.radcliq import radcliq
+from unirg_rewards.text_encoder import SHARES
 from unirg_rewards.uni_r1 import WEIGHTS, r1
 
 
@@ -49,6 +50,11 @@ def test_unirgs_printed_table(bertscore, semb_score, radgraph, printed):
     # MIMIC, findings and impression. RadCliQ is linear, so that mean components give the mean. Components printed with
     # three digits leave 0.0024 of play; one row is 0.0029 away.
     assert 1 / radcliq(radgraph, bertscore, semb_score, 0) == pytest.approx(printed, abs=0.0035)
+
+
+def test_radevals_exact_match_is_that_of_a_bertscore_whose_words_weigh_nothing():
+    # It prints 9.3726: with one reference all idf weights are log(1) = 0, raw BERTScore is 0 and rescales to -5.55.
+    assert radcliq(1, -0.8473319 / (1 - 0.8473319), 1, 1) == pytest.approx(9.3726, abs=5e-5)
 
 
 def test_per_report_the_reciprocal_puts_an_exact_match_below_a_poor_one():
@@ -155,7 +161,7 @@ def test_the_models_are_loaded_on_the_device_asked_for():
     reward.setup("cuda:3")
     components = reward.written.components
     assert {components.radgraph.device, components.bertscore.device, components.semb_score.device} == {"cuda:3"}
-    assert reward.shares == "given"  # RadGraph's
+    assert reward.shares == ("given", SHARES)  # RadGraph's and the encoders'
 
 
 @pytest.fixture(scope="module")

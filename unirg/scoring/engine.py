@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,11 +42,19 @@ class _Part:
 class ScoringEngine:
     """The rewards of a stage, loaded and ready; `logs` is a folder for what supervised rewards print.
 
-    A supervised engine holds processes: use it as a context manager, or close it. Raises RewardError where a reward
-    cannot be loaded or set up, its server refuses it, or two have the same label.
+    `beside` is another supervised engine, which outlives this one: its workers serve this one too where they hold what
+    a reward shares. A supervised engine holds processes: use it as a context manager, or close it. Raises RewardError
+    where a reward cannot be loaded or set up, its server refuses it, or two have the same label.
     """
 
-    def __init__(self, configs: Sequence[RewardConfig], *, supervised: bool = False, logs: Path | None = None) -> None:
+    def __init__(
+        self,
+        configs: Sequence[RewardConfig],
+        *,
+        supervised: bool = False,
+        logs: Path | None = None,
+        beside: "ScoringEngine | None" = None,
+    ) -> None:
         labels = [config.log_label for config in configs]
         if repeated := [label for label, count in Counter(labels).items() if count > 1]:
             raise RewardError(f"two rewards are called '{repeated[0]}' in logs; give each a `label` of its own")
@@ -53,12 +62,17 @@ class ScoringEngine:
         self._rewards: dict[str, Reward | ServedReward] = {}
         self._supervised = supervised
         self._workers: dict[str, Worker | ServedReward] = {}  # by label; some are one and the same
+        self._beside = beside
+        self._names: dict[str, str] = {}  # what workers of `beside` call this engine's rewards
+        self._links: dict[str, set[tuple[str, str]]] = {}  # what rewards in workers share, each with its device
         self._identities: dict[str, dict[str, Any]] = {}
         self._handles = itertools.count()
         self._parts: dict[int, dict[str, _Part]] = {}
+        self._prepared: list[tuple[str, Call]] = []
         self._failed = dict.fromkeys(labels, 0)
         # That rewards took: here, in workers, and at servers.
         self._seconds: defaultdict[Worker | ServedReward | None, float] = defaultdict(float)
+        self._cpu_seconds = 0.0  # of workers
         self._waited = 0.0
         try:
             for label, config in self._configs.items():
@@ -71,6 +85,22 @@ class ScoringEngine:
         except BaseException:
             self.close()
             raise
+
+    def prepare(self, references: list[str], columns: Mapping[str, list[Any]]) -> None:
+        """Lets rewards read the references of candidates to come, given as one row for each study: workers at once, and
+        those in this process before they score. What fails here is said, and left to the scoring.
+
+        Raises RewardError where a reward's reference column does not exist.
+        """
+        batch = ScoreBatch([""] * len(references), references, dict(columns))
+        for label, reward in self._rewards.items():
+            if isinstance(reward, Reward) and reward.prepares:
+                worker, config = self._workers.get(label), self._configs[label]
+                texts = list(dict.fromkeys(_references(label, config.reference, batch)))
+                call: Call = partial(_prepare_here, reward, texts)
+                if isinstance(worker, Worker):
+                    call = worker.prepare(self._names.get(label, label), texts, config.timeout).result
+                self._prepared.append((label, call))
 
     def submit(self, batch: ScoreBatch) -> int:
         """Hand over a batch; the answer is the handle to collect its scores with.
@@ -100,6 +130,11 @@ class ScoringEngine:
         stderr says why, and `step_figures` counts them.
         """
         parts, started = self._parts.pop(handle), time.perf_counter()
+        for label, prepared in self._prepared:  # workers answer in order, so that theirs came before the scores
+            self._count(label, answer := prepared())
+            if answer.scores is None:
+                print(f"reward '{label}' could not prepare references: {answer.reason}", file=sys.stderr, flush=True)
+        self._prepared.clear()
         collected: dict[str, list[float | None]] = {}
         for label in sorted(self._rewards, key=lambda label: label in self._workers):  # workers may still be at it
             scores: list[float | None] = []
@@ -108,7 +143,7 @@ class ScoringEngine:
                 answer = self._answer(label, study_ids, call)
                 scores += [None] * len(study_ids) if answer.scores is None else answer.scores
                 lost += [answer.scores is None] * len(study_ids)
-                self._seconds[self._workers.get(label)] += answer.seconds
+                self._count(label, answer)
             collected[label] = [scores[index] for index in parts[label].position]
             self._failed[label] += sum(lost[index] for index in parts[label].position)
         self._waited += time.perf_counter() - started
@@ -138,15 +173,17 @@ class ScoringEngine:
 
     def step_figures(self) -> dict[str, float]:
         """What happened since this was last asked, to log: `rewards/<label>/failed`, candidates masked because their
-        reward failed, and `time/scoring_hidden`, the share of the rewards' time that nobody waited for. The rewards'
-        time is what a caller that does nothing in between would wait: this process's own and the busiest worker's."""
+        reward failed; `time/rewards`, the seconds that a caller who does nothing in between would wait: this process's
+        own and the busiest worker's; `time/scoring_hidden`, the share of these that nobody waited for; and
+        `time/workers_cpu`, the CPU seconds of the workers' answers."""
         figures = {f"rewards/{label}/failed": float(count) for label, count in self._failed.items()}
         here = self._seconds.pop(None, 0.0)
         scoring = here + max(self._seconds.values(), default=0.0)
         figures["time/scoring_hidden"] = max(0.0, 1 - self._waited / scoring) if scoring else 0.0
+        figures |= {"time/rewards": scoring, "time/workers_cpu": self._cpu_seconds}
         self._failed = dict.fromkeys(self._failed, 0)
         self._seconds.clear()
-        self._waited = 0.0
+        self._cpu_seconds = self._waited = 0.0
         return figures
 
     def identities(self) -> dict[str, dict[str, Any]]:
@@ -167,8 +204,9 @@ class ScoringEngine:
         return not all(reward.deduplicate for reward in self._rewards.values())
 
     def close(self) -> None:
-        """Ends the worker processes. What was submitted and not collected is lost."""
-        for worker in set(self._workers.values()):
+        """Ends the worker processes that this engine started. What was submitted and not collected is lost."""
+        lent = set() if self._beside is None else set(self._beside._workers.values())
+        for worker in set(self._workers.values()) - lent:
             worker.close()
 
     def __enter__(self) -> "ScoringEngine":
@@ -190,17 +228,23 @@ class ScoringEngine:
         placed: dict[str, Placed] = {}
         for label, reward in local.items():
             placed[label] = Placed(reward.name, reward.options, place(label, self._configs[label].device))
-        groups: dict[tuple[str, str], dict[str, Placed]] = defaultdict(dict)
+        lodged: dict[str, Future[dict[str, Any]]] = {}
         for label, reward in local.items():
             if self._supervised and self._configs[label].worker:
                 # What holds no model shares one process: its calls are short, and each process has to be started.
-                shares = reward.shares or (label if hasattr(reward.written, "setup") else "")
-                groups[shares, placed[label].device][label] = placed[label]
+                shares = reward.shares or ((label,) if hasattr(reward.written, "setup") else ("",))
+                self._links[label] = {(name, placed[label].device) for name in shares}
+                if (host := self._host(label)) is not None:
+                    self._workers[label] = host
+                    self._names[label], lodged[label] = host.add(label, placed[label])
+        groups = linked({label: own for label, own in self._links.items() if label not in lodged})
         if logs is not None and groups:
             logs.mkdir(parents=True, exist_ok=True)
         identities = []
-        for number, group in enumerate(groups.values(), start=1):
-            worker = Worker(group, None if logs is None else logs / f"worker-{number}.log")
+        for number, group in enumerate(groups, start=1):
+            worker = Worker(
+                {label: placed[label] for label in group}, None if logs is None else logs / f"worker-{number}.log"
+            )
             self._workers |= dict.fromkeys(group, worker)
             identities.append(worker.setup())
         for label, reward in local.items():
@@ -212,6 +256,20 @@ class ScoringEngine:
                     raise RewardError(f"reward '{label}' cannot be set up: {described(error)}") from error
         for future in identities:
             self._identities |= future.result()
+        self._identities |= {label: future.result() for label, future in lodged.items()}
+
+    def _host(self, label: str) -> Worker | None:
+        """The worker of `beside` that has what this reward shares."""
+        if self._beside is not None:
+            for other, links in self._beside._links.items():
+                worker = self._beside._workers[other]
+                if links & self._links[label] and isinstance(worker, Worker):
+                    return worker
+        return None
+
+    def _count(self, label: str, answer: Answer) -> None:
+        self._seconds[self._workers.get(label)] += answer.seconds
+        self._cpu_seconds += answer.cpu_seconds
 
     def _answer(self, label: str, study_ids: list[str], call: Call) -> Answer:
         """The call's answer. Where it failed and is to be masked, that is said."""
@@ -240,7 +298,8 @@ class ScoringEngine:
         columns = {name: chosen(values) for name, values in batch.columns.items()}
         if worker := self._workers.get(label):
             timeout = self._configs[label].timeout
-            return study_ids, worker.score(label, candidates, truths, columns, timeout, kind).result
+            name = self._names.get(label, label)
+            return study_ids, worker.score(name, candidates, truths, columns, timeout, kind).result
 
         def here() -> Answer:
             started, reason = time.perf_counter(), ""
@@ -255,6 +314,16 @@ class ScoringEngine:
             return Answer(None, reason, time.perf_counter() - started)
 
         return study_ids, here
+
+
+def linked(links: Mapping[str, set[Any]]) -> list[list[str]]:
+    """The labels in groups: two belong to one where they have a link in common, or each has one with a third."""
+    groups: list[tuple[set[Any], list[str]]] = []
+    for label, own in links.items():
+        touched = [group for group in groups if group[0] & own]
+        groups = [group for group in groups if group not in touched]
+        groups.append((own.union(*(each for each, _ in touched)), [*(one for _, few in touched for one in few), label]))
+    return [labels for _, labels in groups]
 
 
 def place(label: str, device: str) -> str:
@@ -296,6 +365,15 @@ def _references(label: str, column: str | None, batch: ScoreBatch) -> list[str]:
         known = ", ".join(sorted(batch.columns))
         raise RewardError(f"reward '{label}' takes column '{column}' as reference; the data has: {known}")
     return [text or "" for text in batch.columns[column]]
+
+
+def _prepare_here(reward: Reward, references: list[str]) -> Answer:
+    started, reason = time.perf_counter(), ""
+    try:
+        reward.prepare(references)
+    except Exception as error:  # whatever a reward raises
+        reason = described(error)
+    return Answer(None if reason else [], reason, time.perf_counter() - started)
 
 
 def _distinct(batch: ScoreBatch, references: list[str], *, merge: bool) -> tuple[list[int], list[int]]:

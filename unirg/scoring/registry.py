@@ -57,10 +57,19 @@ class Reward:
             setup()
 
     @property
-    def shares(self) -> str | None:
-        """Rewards of one name here belong in one process: they share a model. None: it shares nothing."""
-        shares = getattr(self.written, "shares", None)
-        return None if shares is None else str(shares)
+    def shares(self) -> tuple[str, ...]:
+        """Rewards that have one of these names in common belong in one process: they share a model."""
+        shares = getattr(self.written, "shares", None) or ()
+        return (shares,) if isinstance(shares, str) else tuple(map(str, shares))
+
+    @property
+    def prepares(self) -> bool:
+        """Whether it has a use for references before their candidates are there."""
+        return hasattr(self.written, "prepare")
+
+    def prepare(self, references: list[str]) -> None:
+        """Let the reward read references of candidates to come. What it raises passes through."""
+        self.written.prepare(references)
 
     @property
     def deduplicate(self) -> bool:

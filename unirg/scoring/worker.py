@@ -8,14 +8,17 @@ The guard does what a process that is stuck in a reward's C code cannot do for i
 standard input closes, it keeps of what is printed only the latest, `KEPT` to 2 `KEPT` bytes, and it passes on how its
 child ended. It imports next to nothing; the child imports what its rewards need.
 
-Requests are pickled tuples, answered in order: ("setup", label, name, options, device) and ("score", label, candidates,
-references, columns), or "corpus_terms" in place of "score". Answers are JSON, so that nothing a reward makes is
-unpickled by the training process: {"identity": {...}}, {"scores": [...] or the terms} or {"error": text}.
+Requests are pickled tuples, answered in order: ("setup", label, name, options, device), ("prepare", label, references)
+and ("score", label, candidates, references, columns), or "corpus_terms" in place of "score". Answers are JSON, so that
+nothing a reward makes is unpickled by the training process: [CPU seconds that the request took, answer], where an
+answer is {"identity": {...}}, {"scores": [...] or the terms, or nothing where references were prepared} or
+{"error": text}.
 """
 
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import sys
@@ -100,6 +103,9 @@ def serve(connection: Connection) -> None:
             reward.setup(device)
             rewards[label] = reward
             return {"identity": reward.identity}
+        if kind == "prepare":
+            rewards[label].prepare(*given)
+            return {"scores": []}
         candidates, references, columns = given
         asked = rewards[label].corpus_terms if kind == "corpus_terms" else rewards[label].score
         return {"scores": asked(candidates, references, **columns)}
@@ -109,11 +115,18 @@ def serve(connection: Connection) -> None:
             request = connection.recv()
         except EOFError:
             return
+        before = cpu_seconds()
         try:
             said = json.dumps(answer(*request), default=str)
         except BaseException as error:  # sys.exit() too: whatever a reward does, the request has an answer
             said = json.dumps({"error": described(error)})
-        connection.send_bytes(said.encode())
+        connection.send_bytes(f"[{cpu_seconds() - before}, {said}]".encode())
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process so far, all threads, and of the ended processes that it started."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def described(error: BaseException) -> str:

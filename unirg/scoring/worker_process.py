@@ -52,11 +52,13 @@ class Placed:
 
 @dataclass(frozen=True)
 class Answer:
-    """Scores (or terms, where these were asked for), or None and the reason, and the seconds that it took."""
+    """Scores (or terms, where these were asked for), or None and the reason; the seconds that it took, and the worker's
+    CPU seconds for it (less what was lost with a process on the way)."""
 
     scores: Any
     reason: str
     seconds: float
+    cpu_seconds: float = 0.0
 
 
 class WorkerFailure(Exception):
@@ -76,7 +78,8 @@ class Worker:
         self._folder = os.getcwd()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._ready: set[str] = set()  # the labels that this process has set up
+        self._ready: dict[str, dict[str, Any]] = {}  # identities of what this process has set up, by label
+        self._cpu_seconds = 0.0
         self._lock = threading.Lock()  # of start against close
         self._closed = False
         self._jobs = JobThread("reward worker")
@@ -84,6 +87,19 @@ class Worker:
     def setup(self) -> "Future[dict[str, dict[str, Any]]]":
         """Starts the process and sets all rewards up; the result is their identities by label, or a RewardError."""
         return self._jobs.later(lambda: {label: self._set_up(label) for label in self._rewards})
+
+    def add(self, label: str, reward: Placed) -> "tuple[str, Future[dict[str, Any]]]":
+        """One more reward: the label it goes by here (its equal's, where there is one; else `label`, if free), and its
+        identity to come, or a RewardError."""
+        name = next((known for known, other in self._rewards.items() if other == reward), label)
+        if self._rewards.get(name, reward) != reward:
+            name = f"{label} ({len(self._rewards)})"
+        self._rewards[name] = reward
+        return name, self._jobs.later(lambda: self._set_up(name))
+
+    def prepare(self, label: str, references: list[str], timeout: float) -> "Future[Answer]":
+        """Shows the reward references of candidates to come; the answer has no scores. Tried once."""
+        return self._jobs.later(lambda: self._attempts(label, ("prepare", label, references), timeout, attempts=1))
 
     def score(
         self,
@@ -108,27 +124,27 @@ class Worker:
         self._drop()
         self._log.close()
 
-    def _attempts(self, label: str, request: tuple[Any, ...], timeout: float) -> Answer:
-        started, reason = time.perf_counter(), ""
-        for _ in range(ATTEMPTS):
+    def _attempts(self, label: str, request: tuple[Any, ...], timeout: float, attempts: int = ATTEMPTS) -> Answer:
+        started, used, scores, reason = time.perf_counter(), self._cpu_seconds, None, ""
+        for _ in range(attempts):
             try:
-                if label not in self._ready:
-                    self._set_up(label)
+                self._set_up(label)
                 scores = self._ask(request, timeout)["scores"]
-                return Answer(scores, "", time.perf_counter() - started)
+                break
             except (WorkerFailure, RewardError) as error:
                 reason = str(error)
                 self._drop()  # after an exception too: a CUDA context, for one, does not recover from an error
-        return Answer(None, reason, time.perf_counter() - started)
+        return Answer(scores, reason, time.perf_counter() - started, self._cpu_seconds - used)
 
     def _set_up(self, label: str) -> dict[str, Any]:
-        reward = self._rewards[label]
-        try:
-            answer = self._ask(("setup", label, reward.name, reward.options, reward.device), SETUP_SECONDS)
-        except WorkerFailure as failure:
-            raise RewardError(f"reward '{label}' cannot be set up: {failure}") from failure
-        self._ready.add(label)
-        return answer["identity"]
+        if label not in self._ready:
+            reward = self._rewards[label]
+            try:
+                answer = self._ask(("setup", label, reward.name, reward.options, reward.device), SETUP_SECONDS)
+            except WorkerFailure as failure:
+                raise RewardError(f"reward '{label}' cannot be set up: {failure}") from failure
+            self._ready[label] = answer["identity"]
+        return self._ready[label]
 
     def _ask(self, request: tuple[Any, ...], timeout: float) -> dict[str, Any]:
         """The answer to a request, from a process that is started if there is none. Raises WorkerFailure."""
@@ -148,9 +164,10 @@ class Worker:
                     raise EOFError
                 if time.monotonic() >= deadline:
                     raise WorkerFailure(f"no answer in {timeout:g} seconds; its process was killed{self._log_name}")
-            answer = json.loads(connection.recv_bytes())
+            cpu_seconds, answer = json.loads(connection.recv_bytes())
         except (EOFError, OSError, ValueError) as error:
             raise WorkerFailure(self._how_it_ended(process)) from error
+        self._cpu_seconds += cpu_seconds
         if "error" in answer:
             raise WorkerFailure(answer["error"])
         return answer
