@@ -7,7 +7,8 @@ of the longest.
 Workers score while the policy computes: the reports that are finished while longer ones are sampled, and then during
 the first step's self-check and every step's first forward, the reference's included. Later forwards come after the
 scores: their activations would have to be held all at once. So does the first where scores decide what is trained
-(`train_on`, `resample`): most of it would be for nothing.
+(`train_on`, `resample`): most of it would be for nothing. Once a batch is scored, rewards read the next one's
+references.
 `time/scoring_hidden` says what share of the rewards' time was hidden in this way. Without workers the order is the
 same, and so are the numbers.
 """
@@ -26,7 +27,7 @@ from unirg.grpo.choose import choose_forward, share_prompts
 from unirg.grpo.forward import AnswerScores, Forward, plan_forwards
 from unirg.grpo.loss import Normaliser, grpo_loss, sampler_correction, sampler_metrics
 from unirg.grpo.monitors import monitors
-from unirg.grpo.rollouts import Group, collect_scores, judge_rollouts, sample_groups
+from unirg.grpo.rollouts import Group, collect_scores, judge_rollouts, prepare_scoring, sample_groups
 from unirg.policy import EncodedPrompt, Policy, load_policy
 from unirg.recipe.schema import GrpoStage
 from unirg.rollout import Sampler
@@ -54,6 +55,8 @@ def run_grpo(
         first: Pass | None = None
         if iteration == 0:
             studies = work.mine(work.step_studies(batch))
+            if "groups" not in held:
+                prepare_scoring(engine, studies)
             groups, submitted = sample_groups(work, sampler, engine, studies, watch, batch)
             if "forward" not in held:
                 answers = [[sample.ids for sample in group.samples] for group in groups]
@@ -65,6 +68,8 @@ def run_grpo(
             held["metrics"], held["normaliser"] = judge_rollouts(work, sampler, engine, groups, batch, watch)
             held["groups"] = groups
             held["metrics"] |= monitor(groups, batch)
+            if step + stage.iterations < stage.steps:
+                prepare_scoring(engine, work.mine(work.step_studies(batch + 1)))
         metrics = {k: v for k, v in held["metrics"].items() if iteration == 0 or not k.startswith("time/")}
         metrics |= update(work, held["groups"], held["normaliser"], held["forward"], reference, watch, first)
         return metrics | watch.metrics()

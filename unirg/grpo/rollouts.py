@@ -169,6 +169,12 @@ def failed_scores(work: StageRun, engine: ScoringEngine) -> dict[str, float]:
     return figures | dict(zip(names, work.accelerator.reduce(counts, "sum").tolist(), strict=True))
 
 
+def prepare_scoring(engine: ScoringEngine, studies: list[Study]) -> None:
+    """Tells the workers whose reports come next, so that they read the references before there are candidates."""
+    if studies:
+        engine.prepare([report_text(study) for study in studies], study_columns(studies))
+
+
 def score_batch(reports: list[tuple[Study, Sample]]) -> ScoreBatch:
     """The reports with their studies' texts and columns, one row per report."""
     studies = [study for study, _ in reports]

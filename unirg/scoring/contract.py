@@ -13,8 +13,13 @@ A class may also have `setup()`, called once per process before the first score 
 `device`, where it has one, receives the recipe's), and these attributes: `identity` (a dict that says which variant,
 backend and versions the numbers come from, kept with every run), `needs` (a sentence on what must be installed),
 `deduplicate` (False where the score of a candidate depends on the others of its batch; identical candidates of one
-study are otherwise scored once), `shares` (a name: rewards of one name and device run in one process, because they
-share a model) and `evaluation_only` (the reason, in words, why nobody should train on it: training refuses it).
+study are otherwise scored once), `shares` (a name, or several: rewards that have one in common, and a device, run in
+one process, because they share a model) and `evaluation_only` (the reason, in words, why nobody should train on it:
+training refuses it).
+
+A class that keeps what it reads in a reference may have `prepare(references)`, which reads references of candidates to
+come. Training calls it with a step's references before there are candidates, mostly while the step before is learnt
+from. It must not change a score.
 
 Some published figures are of a corpus and no mean of scores: micro and macro F1, or the reciprocal of a mean. Where a
 class has a method `corpus_terms`, of `score`'s signature, evaluations print them too, with intervals. It answers
