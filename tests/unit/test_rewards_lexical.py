@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
@@ -16,11 +16,15 @@ from unirg_rewards.bleu import VARIANTS, corpus_bleu
 WORDS = st.lists(st.sampled_from(["left", "right", "small", "effusion", "no", "heart"]), min_size=1, max_size=14)
 
 
-@pytest.fixture(scope="module")
-def published():
+def reference_folder(name):
     if "UNIRG_REFERENCE" not in os.environ:
         pytest.skip("UNIRG_REFERENCE (the reference data) is not set")
-    folder = Path(os.environ["UNIRG_REFERENCE"]) / "radeval"
+    return Path(os.environ["UNIRG_REFERENCE"]) / name
+
+
+@pytest.fixture(scope="module")
+def published():
+    folder = reference_folder("radeval")
     pairs = json.loads((folder / "regression_pairs.json").read_text())
     return pairs["hyps"], pairs["refs"], json.loads((folder / "expected_scores_cpu.json").read_text())
 
@@ -41,6 +45,24 @@ def test_radevals_published_scores_per_report(published):
     assert rouge == pytest.approx(expected["per_sample"]["rougeL"], rel=1e-9)
 
 
+def test_radevals_published_gallery_of_single_pairs():
+    folder = reference_folder("radeval")
+    gallery = json.loads((folder / "trl_rewards_260429.json").read_text())["divergence"]
+    assert len(gallery) == 8
+    score = load_reward("bleu", {"variant": "coco4"}).score
+    ours = score([pair["hyp"] for pair in gallery], [pair["ref"] for pair in gallery])
+    assert ours == pytest.approx([pair["scores"]["bleu"] for pair in gallery], rel=1e-9)
+
+
+def test_a_three_word_match_as_published():
+    # the metric kit of UniRG-CXR prints 1, 1, 1 and .03 for the same three words twice, ROUGE-L 1
+    pair = ["heart is normal"], ["heart is normal"]
+    orders = [load_reward("bleu", {"variant": f"coco{order}"}).score(*pair)[0] for order in (1, 2, 3, 4)]
+    assert orders == pytest.approx([1, 1, 1, 0.0316], abs=5e-5)
+    assert load_reward("rouge_l").score(*pair) == [1]
+
+
+@settings(deadline=None)
 @given(WORDS, WORDS)
 def test_rexrank_bleu_is_nltks_bleu_2_with_smoothing_method_1(candidate, reference):
     expected = sentence_bleu([reference], candidate, weights=(0.5, 0.5), smoothing_function=SmoothingFunction().method1)
@@ -48,6 +70,7 @@ def test_rexrank_bleu_is_nltks_bleu_2_with_smoothing_method_1(candidate, referen
     assert score == pytest.approx(expected, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["left", "right", "no"]), min_size=4, max_size=14), WORDS)
 def test_sentence4_is_nltks_bleu_4_with_smoothing_method_2(candidate, reference):
     # nltk's add-one smoothing equals Lin & Och's where the candidate has four words (below that they differ)
@@ -74,6 +97,7 @@ def test_bleu_masks_a_missing_reference_and_gives_silence_nothing(options):
     assert scores[2:] == [None, None]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_rouge_l_is_the_official_f1_wherever_the_reference_has_words(candidate, reference):
     [score] = load_reward("rouge_l").score([candidate], [reference])
