@@ -1,6 +1,7 @@
 """The command line: verbs only. Each imports what it needs when it is called, and hands over to one function.
 
-Exit status: 0 done, 1 a check failed, 2 bad input (one line each on stderr), 130 interrupted.
+Exit status: 0 done, 1 a check failed, 2 bad input (one line each on stderr), 130 interrupted; a training that a signal
+asked to stop ends with 128 and the signal's number.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import unirg
 from unirg.errors import UserError
+from unirg.signals import Stopped
 
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -32,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         resume = ": the same command goes on from the last checkpoint" if arguments.verb == "train" else ""
         print(f"interrupted{resume}", file=sys.stderr)

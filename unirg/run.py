@@ -16,12 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from unirg.errors import UserError
 
-KEPT_CHECKPOINTS = 2
 PACKAGES = (
     "unirg",
     "torch",
@@ -153,57 +149,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def forget_metrics_after(folder: Path, step: int) -> None:
-    """Drops what was logged after the checkpoint that a resumed stage goes on from."""
+def forget_metrics_after(folder: Path, step: int) -> int:
+    """Drops what was logged after the checkpoint that a resumed stage goes on from; returns how many steps are left."""
     kept = [record for record in read_metrics(folder) if record["step"] <= step]
     write_atomically(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+    return len(kept)
 
 
 def gather_metrics(run: Path, stages: list[str]) -> None:
     """Writes RUN/metrics.jsonl, all stages' metrics one after another."""
     records = [record for stage in stages for record in read_metrics(stage_folder(run, stage))]
     write_atomically(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-
-
-def save_checkpoint(
-    folder: Path, step: int, weights: Mapping[str, torch.Tensor], optimiser: Mapping[str, Any], state: Mapping[str, Any]
-) -> None:
-    """A checkpoint after `step` steps, as folder/step-000050, moved into place when it is on disk; `latest` names it.
-
-    `state` is JSON. The last two are kept.
-    """
-    name = f"step-{step:06d}"
-    part = folder / f".{name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, part / "weights.safetensors")
-    torch.save(optimiser, part / "optimiser.pt")
-    (part / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-    for file in part.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    shutil.rmtree(folder / name, ignore_errors=True)
-    part.rename(folder / name)
-    write_atomically(folder / "latest", name + "\n")
-    # Later ones are of a run that was killed and now repeats itself: the one just written must outlast them.
-    past = sorted(path for path in folder.glob("step-*") if path.name <= name)
-    for old in past[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
-
-
-def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]] | None:
-    """(weights, optimiser state, state) of the checkpoint that `latest` names; None where the stage has none."""
-    latest = folder / "latest"
-    if not latest.exists():
-        return None
-    checkpoint = folder / latest.read_text(encoding="utf-8").strip()
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    optimiser = torch.load(checkpoint / "optimiser.pt", map_location="cpu", weights_only=True)
-    return load_file(checkpoint / "weights.safetensors"), optimiser, state
-
-
-def clear_checkpoints(folder: Path) -> None:
-    """Removes the checkpoints of a finished stage: its `final` folder is what is needed from then on."""
-    for old in (*folder.glob("step-*"), *folder.glob(".*.part"), folder / "best"):
-        shutil.rmtree(old, ignore_errors=True)
-    (folder / "latest").unlink(missing_ok=True)

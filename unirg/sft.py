@@ -7,8 +7,9 @@ import torch
 from unirg.errors import UserError
 from unirg.grpo.forward import answer_logps
 from unirg.prompt import report_text
+from unirg.steps import optimise
 from unirg.study import Study
-from unirg.training import StageRun, optimise
+from unirg.training import StageRun
 
 
 def run_sft(work: StageRun, evaluate: Callable[[], dict[str, float]] | None) -> None:
@@ -36,10 +37,11 @@ def run_sft(work: StageRun, evaluate: Callable[[], dict[str, float]] | None) -> 
         if work.stage.studies_per_forward:  # by length: a forward of short reports is not padded to the step's longest
             mine.sort(key=lambda study: len(answer(study)))
         for studies in work.micro_batches(mine):
+            prompts = work.encode(studies)
             with work.accelerator.autocast():
                 scores = answer_logps(
                     policy,
-                    [policy.encode(study) for study in studies],
+                    prompts,
                     [[answer(study)] for study in studies],
                 )
                 loss = -scores.logps_BT.sum() / tokens

@@ -9,15 +9,15 @@ run at once (`jobs`). Started again on the same folder, the run goes on where it
 
 import fcntl
 import os
+import platform
 import shutil
-import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TextIO
 
@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
+from unirg import checkpoint, signals
 from unirg import run as run_folder
 from unirg.check import check, check_shares
 from unirg.data import fingerprint, load_studies
@@ -50,18 +51,31 @@ warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", Fu
 
 
 def train(recipe: Path, overrides: Sequence[str] = ()) -> int:
-    """Runs a recipe file to its report. Bad recipes and bad data are UserErrors before any training time is spent."""
-    resolved = load_recipe(recipe, overrides)
+    """Runs a recipe file to its report. Bad recipes and bad data are UserErrors before any training time is spent.
+
+    Raises signals.Stopped where a signal asked the run to stop, and UserError where another process has the folder.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signals.end_with_parent()
+    with signals.handled(), ExitStack() as held:
+        return _train(load_recipe(recipe, overrides), held)
+
+
+def _train(resolved: Recipe, held: ExitStack) -> int:
     run = Path(resolved.output)
     main = int(os.environ.get("RANK", "0")) == 0
     waiting = [stage for stage in resolved.stages if not run_folder.final_folder(run, stage.name).exists()]
     if main:
+        if run.exists():
+            held.enter_context(hold(run))
         if waiting:  # first: a recipe that is put right afterwards must find no folder of its broken self
             check(resolved, lambda studies: initial_policy(resolved, None, studies))
+        if not run.exists():
+            held.enter_context(hold(run))
         run_folder.open_run(run, dump_recipe(resolved))
         for stage in resolved.stages:
             if stage not in waiting:  # what a kill between the last step and the end of the stage left
-                run_folder.clear_checkpoints(run_folder.stage_folder(run, stage.name))
+                checkpoint.clear(run_folder.stage_folder(run, stage.name))
         if not waiting:
             console.print(f"{run}: nothing to train, every stage is finished", soft_wrap=True, highlight=False)
     if waiting:
@@ -80,41 +94,46 @@ def train(recipe: Path, overrides: Sequence[str] = ()) -> int:
 def run_side_by_side(recipe: Recipe, run: Path, waiting: Sequence[StageConfig]) -> None:
     """Runs stages as processes of their own, `jobs` at a time, each as soon as the stages that it needs are done.
 
-    A stage that fails does not stop those that run; then the error is raised. Ctrl-C, or SIGTERM, ends them all;
-    checkpoints stay.
+    A stage that fails does not stop those that run; then the error is raised. A signal that asks for a stop goes to all
+    of them, and is raised here when all have written their checkpoints.
     """
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed: list[str] = []
+    told = False
     # Threads that spin while they wait take the cores of the stages beside them.
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     queue = list(waiting)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the stages would go on without us
+    signals.at_once(False)
     try:
         while queue or running:
+            if signals.asked() and not told:
+                told = True
+                queue.clear()
+                for process in running.values():
+                    process.send_signal(signals.asked())
             for stage in list(queue):
                 needs = needed(recipe, stage)
                 ready = all(run_folder.final_folder(run, name).exists() for name in needs)
                 if ready and not failed and len(running) < recipe.jobs:
                     command = [sys.executable, "-m", "unirg.stages", str(run), stage.name]
-                    running[stage.name] = subprocess.Popen(command, env=environment)
+                    # Apart from the terminal: a Ctrl-C comes from here, once.
+                    running[stage.name] = subprocess.Popen(command, env=environment, start_new_session=True)
                     queue.remove(stage)
             if not running:
                 break
             for name, process in list(running.items()):
                 try:
-                    if process.wait(timeout=0.2) != 0:
-                        failed.append(name)
+                    if (status := process.wait(timeout=0.2)) != 0:
+                        failed.append(f"stage {name} {signals.ended_by(status)}")
                     del running[name]
                 except subprocess.TimeoutExpired:
                     continue
     finally:
-        for process in running.values():
-            process.terminate()
-        signal.signal(signal.SIGTERM, before)
+        for process in running.values():  # a second Ctrl-C, or an error of ours
+            process.kill()
+    signals.at_once(True)
     if failed:
-        raise UserError(
-            f"stage {', '.join(failed)} failed (its error stands above); the same command goes on from there"
-        )
+        raise UserError(f"{', '.join(failed)}; the same command goes on from there")
 
 
 def beside(recipe: Recipe, stage: StageConfig) -> int:
@@ -220,23 +239,30 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
         part.mkdir(parents=True)
         policy.save(part)
         part.rename(final)
-        run_folder.clear_checkpoints(work.folder)
+        checkpoint.clear(work.folder)
     accelerator.wait_for_everyone()
+    signals.at_once(True)  # they waited since the last step
     if recipe.trackers:
         accelerator.end_training()
 
 
 def hold(folder: Path) -> TextIO:
-    """Locks a stage's folder while the returned file is open: two processes on one stage would mix their checkpoints.
+    """Locks a run's or a stage's folder while the returned file is open: two processes would mix their checkpoints.
 
-    Raises UserError where another process holds it (an orphan of a killed run, for one).
+    Raises UserError where another process holds it, naming that.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
+    lock = (folder / ".lock").open("a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f"{folder}: another process is training this stage; wait for it, or stop it") from error
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise UserError(f"{folder}: {holder} is training there; wait for it, or stop it") from error
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()} (since {datetime.now():%Y-%m-%d %H:%M:%S})\n")
+    lock.flush()
     return lock
 
 
@@ -271,14 +297,15 @@ def dev_evaluation(work: StageRun, engines: ExitStack) -> Callable[[], dict[str,
 
     def evaluate() -> dict[str, float]:
         # Whole on all ranks from the first report to the last: they may need different numbers of batches.
-        with work.accelerator.autocast(), whole(work.policy.model):
+        with work.accelerator.autocast(), whole(work.policy.model), work.together("evaluation"):
             reports = generate_reports(
                 work.policy, work.mine(studies), max_new_tokens=limit, batch_size=config.batch_size
             )
         texts = {report.id: report.text for report in reports}
         if work.accelerator.num_processes > 1:
             texts = {key: text for share in gather_object([texts]) for key, text in share.items()}
-        statistics = measure(studies, texts, engine).statistics
+        with work.together("evaluation"):
+            statistics = measure(studies, texts, engine).statistics
         wanted = [config.headline, *[metric.log_label for metric in config.metrics], "length", "duplicates"]
         return {name: statistics[name].value for name in dict.fromkeys(wanted) if name in statistics}
 
@@ -316,12 +343,17 @@ def evaluated(recipe: Recipe, run: Path) -> bool:
 if __name__ == "__main__":  # python -m unirg.stages RUN STAGE...: what a run side by side starts
     _run = Path(sys.argv[1])
     _recipe = load_recipe(_run / "recipe.yaml")
+    signals.end_with_parent()
     try:
-        for _stage in (stage for stage in _recipe.stages if stage.name in sys.argv[2:]):
-            if not run_folder.final_folder(_run, _stage.name).exists():
-                run_stage(_recipe, _run, _stage)
-                if not isinstance(_stage, VisionStage) and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-                    write_reports(_recipe, _run, _stage.name)  # here, where they are written side by side
+        with signals.handled():
+            for _stage in (stage for stage in _recipe.stages if stage.name in sys.argv[2:]):
+                if not run_folder.final_folder(_run, _stage.name).exists():
+                    run_stage(_recipe, _run, _stage)
+                    if not isinstance(_stage, VisionStage) and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+                        write_reports(_recipe, _run, _stage.name)  # here, where they are written side by side
+    except signals.Stopped as stopped:
+        print(f"{', '.join(sys.argv[2:])}: {stopped}", file=sys.stderr)
+        sys.exit(stopped.status)
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:

@@ -1,12 +1,12 @@
-"""What stages of every kind share: optimiser, schedule, data order, the step loop with logging, checkpoints and resume.
+"""What stages of every kind share: data order, ranks that come together and stop together, seconds per phase.
 
 A kind of stage is one function: given the step's number it runs forward and backward and returns the step's metrics.
 Every random choice follows from (seed, stage, step, study), so a run that was killed repeats what it would have done.
 """
 
-import math
+import errno
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +17,25 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
-from torch.distributed.tensor import DTensor
+from rich.markup import escape
 
+from unirg import ranks, signals
 from unirg import run as run_folder
-from unirg.distributed import sum_gradients
-from unirg.policy import Policy
-from unirg.recipe.schema import OptimiserConfig, Recipe, StageConfig
+from unirg.errors import UserError
+from unirg.policy import EncodedPrompt, Policy
+from unirg.recipe.schema import Recipe
 from unirg.rollout import request_seed
 from unirg.study import Study
 
 console = Console()
+FAILED = 1 << 16
+"""What a rank that failed says where ranks meet; larger than any signal's number."""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+"""Errors of a disk, not of the code."""
+
+
+class RanksStop(UserError):
+    """An error that all ranks raise at one place."""
 
 
 @dataclass
@@ -39,6 +48,8 @@ class StageRun:
     accelerator: Accelerator
     policy: Policy
     studies: Sequence[Study]
+    stoppable: bool = True
+    """Whether the last step made can be in a checkpoint: not between steps that share a batch of samples."""
 
     @property
     def folder(self) -> Path:
@@ -81,6 +92,57 @@ class StageRun:
         for first in range(0, len(items), size):
             yield items[first : first + size]
 
+    def warn(self, text: str) -> None:
+        """A line that the user should see, from the main process."""
+        say(self.accelerator, self.stage.name, f"[yellow]{escape(text)}[/yellow]")
+
+    def meet(self, phase: str, failure: UserError | None = None) -> None:
+        """Where ranks come together before `phase`, equally often on each: they go on, or they all stop.
+
+        Raises signals.Stopped where any was asked to stop (except between steps that share a batch), and where any
+        brings a `failure`, that one, or on several ranks RanksStop with all of them.
+        """
+        asked = signals.asked() if self.stoppable else 0
+        if self.accelerator.num_processes > 1:
+            asked = ranks.largest(FAILED if failure else asked)
+            if asked == FAILED:
+                raise RanksStop("\n".join(words for words in ranks.everyones(failure and str(failure)) if words))
+        elif failure is not None:
+            raise failure
+        if asked:
+            raise signals.Stopped(asked)
+
+    @contextmanager
+    def together(self, phase: str) -> Iterator[None]:
+        """A part of a step that may fail on one rank alone, by a study, a reward or a disk: then all stop, at its end.
+        All ranks enter it, equally often, and none needs another within it."""
+        failure: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            failure = UserError(f"stage {self.stage.name}: a file cannot be written or read ({error})")
+            failure.__cause__ = error
+        self.meet(phase, failure)
+
+    @contextmanager
+    def uninterrupted(self, phase: str) -> Iterator[None]:
+        """What is whole or not there: a signal waits for its end, and for the place where ranks meet."""
+        signals.at_once(False)
+        try:
+            yield
+        finally:
+            signals.at_once(self.accelerator.num_processes == 1 and self.stoppable)
+
+    def encode(self, studies: Sequence[Study]) -> list[EncodedPrompt]:
+        """The prompts of this rank's studies. A film that has become unreadable since the run began stops all ranks, by
+        name: to leave its study out would be another run."""
+        with self.together("forward"):
+            return [self.policy.encode(study) for study in studies]
+
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of a share of the step's loss: shares of all micro-batches and ranks add up to it."""
         loss.backward()
@@ -102,136 +164,6 @@ class Stopwatch:
         return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
 
 
-def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up, then flat, or down to 0 after the last step."""
-    warmup = math.ceil(config.warmup * steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    if config.schedule == "linear":
-        return config.learning_rate * (1 - progress)
-    if config.schedule == "cosine":
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.learning_rate
-
-
-def build_optimiser(config: OptimiserConfig, named: Iterable[tuple[str, torch.nn.Parameter]]) -> torch.optim.AdamW:
-    """AdamW over trainable parameters; weight decay on matrices only."""
-    trainable = [p for _, p in named if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        foreach=True,
-    )
-
-
-def optimise(
-    work: StageRun,
-    trainable: torch.nn.Module,
-    step_metrics: Callable[[int], dict[str, float]],
-    *,
-    evaluate: Callable[[], dict[str, float]] | None = None,
-    boundary: int = 1,
-) -> None:
-    """Runs the stage's steps from where its folder left off: backward by `step_metrics`, clip, step, log, checkpoint.
-
-    `boundary`: checkpoints fall on multiples of it (steps that share one batch of samples must not be parted).
-    With `keep: best` the weights of the best dev evaluation are the stage's result.
-    """
-    stage: StageConfig = work.stage
-    accelerator, folder = work.accelerator, work.folder
-    optimiser = build_optimiser(stage.optimiser, trainable.named_parameters())
-    weights = {name: p for name, p in trainable.named_parameters() if p.requires_grad}
-    state: dict[str, Any] = {"step": 0, "best": None, "seconds": 0.0, "cpu_seconds": 0.0}
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = run_folder.load_checkpoint(folder)
-    if kept is not None:
-        _restore(weights, kept[0])
-        optimiser.load_state_dict(kept[1])
-        state = kept[2]
-        say(accelerator, stage.name, f"goes on from step {state['step']}")
-    if accelerator.is_main_process:
-        run_folder.forget_metrics_after(folder, state["step"])
-    headline = work.recipe.evaluation.headline
-    for step in range(state["step"], stage.steps):
-        started, cpu_started = time.perf_counter(), time.process_time()
-        rate = learning_rate(stage.optimiser, step, stage.steps)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        torch.manual_seed(work.seed("step", step, accelerator.process_index))  # dropout alone draws from it
-        optimiser.zero_grad(set_to_none=True)
-        metrics = step_metrics(step)
-        sum_gradients(weights.values())
-        norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), stage.optimiser.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"stage {stage.name}, step {step + 1}: the gradient is {norm.item()}; checkpoints are intact. "
-                "Lower optimiser.learning_rate, or look at the step's rollouts"
-            )
-        optimiser.step()
-        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-        state["step"] = step + 1
-        state["seconds"] += seconds
-        state["cpu_seconds"] += cpu_seconds
-        metrics |= {"learning_rate": rate, "grad_norm": norm.item(), "time/step": seconds, "time/step_cpu": cpu_seconds}
-        if evaluate is not None and stage.evaluate_every and (step + 1) % stage.evaluate_every == 0:
-            measured = evaluate()
-            metrics |= {f"eval/{name}": value for name, value in measured.items()}
-            figure = measured.get(headline, math.nan)  # a metric that failed may leave no figure of the corpus
-            if stage.keep == "best" and not math.isnan(figure) and (state["best"] is None or figure > state["best"]):
-                state["best"] = figure
-                if accelerator.is_main_process:
-                    run_folder.save_checkpoint(folder / "best", step + 1, weights, {}, {})
-        if accelerator.is_main_process:
-            record = {"stage": stage.name, "step": step + 1, "time": time.time(), **metrics}
-            run_folder.append_metrics(folder, record)
-            accelerator.log(metrics, step=step + 1)
-        _report_step(accelerator, stage, step + 1, metrics, state)
-        due = (step + 1) % (math.ceil(stage.checkpoint_every / boundary) * boundary) == 0
-        if due and step + 1 < stage.steps and accelerator.is_main_process:
-            run_folder.save_checkpoint(folder, step + 1, weights, optimiser.state_dict(), state)
-        accelerator.wait_for_everyone()
-    best = run_folder.load_checkpoint(folder / "best") if stage.keep == "best" else None
-    if best is not None:
-        _restore(weights, best[0])
-    if accelerator.is_main_process:
-        run_folder.update_manifest(
-            work.run, stages={stage.name: {k: state[k] for k in ("step", "best", "seconds", "cpu_seconds")}}
-        )
-
-
-def _restore(weights: dict[str, torch.nn.Parameter], saved: dict[str, torch.Tensor]) -> None:
-    if set(weights) != set(saved):
-        odd = sorted(set(weights) ^ set(saved))
-        raise ValueError(f"the checkpoint does not fit the policy: {len(odd)} tensors differ, e.g. {odd[0]}")
-    with torch.no_grad():
-        for name, parameter in weights.items():
-            parameter.copy_(saved[name])
-
-
 def say(accelerator: Accelerator, stage: str, text: str) -> None:
     if accelerator.is_main_process:
         console.print(f"[bold]{stage}[/bold]  {text}", highlight=False, soft_wrap=True)
-
-
-SHOWN = ("loss", "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "kl", "entropy")
-
-
-def _report_step(
-    accelerator: Accelerator, stage: StageConfig, step: int, metrics: dict[str, float], state: dict[str, Any]
-) -> None:
-    """One line per step, or per twentieth of a stage where steps are many."""
-    every = max(1, stage.steps // 20)
-    evaluated = any(name.startswith("eval/") for name in metrics)
-    if not accelerator.is_main_process or (step % every and step != stage.steps and not evaluated):
-        return
-    parts = [f"{name.split('/')[-1]} {metrics[name]:.3f}" for name in SHOWN if name in metrics]
-    parts += [f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith("eval/")]
-    left = state["seconds"] / step * (stage.steps - step)
-    say(accelerator, stage.name, f"step {step}/{stage.steps}  {'  '.join(parts)}  [dim]{left:.0f} s left[/dim]")

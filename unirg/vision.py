@@ -13,8 +13,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from unirg.distributed import distribute
 from unirg.errors import UserError
 from unirg.policy import Policy
+from unirg.steps import optimise
 from unirg.study import Study
-from unirg.training import StageRun, optimise
+from unirg.training import StageRun
 
 
 def trainable_tower(policy: Policy) -> nn.Module:
@@ -71,7 +72,7 @@ def run_vision(work: StageRun) -> None:
         known = sum(1 for study in everyones for value in targets(study) if value == value)
         total = torch.zeros((), device=policy.device)
         for studies in work.micro_batches(work.mine(everyones)):
-            prompts = [policy.encode(study) for study in studies]
+            prompts = work.encode(studies)
             batch = policy.image_inputs(prompts, range(len(prompts)))
             counts = [len(prompt.images["image_grid_thw"]) for prompt in prompts]
             with work.accelerator.autocast():

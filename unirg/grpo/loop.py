@@ -32,7 +32,8 @@ from unirg.policy import EncodedPrompt, Policy, load_policy
 from unirg.recipe.schema import GrpoStage
 from unirg.rollout import Sampler
 from unirg.scoring.engine import ScoringEngine
-from unirg.training import StageRun, Stopwatch, optimise
+from unirg.steps import optimise
+from unirg.training import StageRun, Stopwatch
 
 
 def run_grpo(
@@ -64,7 +65,8 @@ def run_grpo(
                     held["forward"] = choose_forward(work, refusal, [group.prompt for group in groups], answers)
             if not scores_decide(stage):
                 first = first_pass(work, groups, held["forward"], reference, watch)
-            collect_scores(engine, submitted, watch)
+            with work.together("scoring"):
+                collect_scores(engine, submitted, watch)
             held["metrics"], held["normaliser"] = judge_rollouts(work, sampler, engine, groups, batch, watch)
             held["groups"] = groups
             held["metrics"] |= monitor(groups, batch)
@@ -114,6 +116,7 @@ def forward_pass(
     work: StageRun, micro: Micro, active: bool, forward: Forward, reference: Policy | None, watch: Stopwatch
 ) -> Pass:
     """Log-probs of a micro-batch under the policy, and under the reference where the loss has a KL penalty."""
+    work.meet("log-probs")
     prompts = [group.prompt for group, _ in micro]
     answers = [[group.samples[i].ids for i in own] for group, own in micro]
     temperature = work.stage.sampling.temperature

@@ -81,8 +81,8 @@ def sample_groups(
         if len(ready) >= AT_ONCE and not engine.compares:
             submit()
 
-    with watch("sampling"), work.accelerator.autocast():
-        groups = [Group(study, work.policy.encode(study), []) for study in studies]
+    groups = [Group(study, prompt, []) for study, prompt in zip(studies, work.encode(studies), strict=True)]
+    with work.together("sampling"), watch("sampling"), work.accelerator.autocast():
         sampled = sampler.sample(
             [group.prompt for group in groups],
             seeds,
@@ -129,7 +129,8 @@ def judge_rollouts(
         replaced = [i for i, position in enumerate(mine) if position in dull]
         wanted = [spare[mine[i]] for i in replaced]
         fresh, submitted = sample_groups(work, sampler, engine, wanted, watch, batch, attempt)
-        collect_scores(engine, submitted, watch)
+        with work.together("scoring"):
+            collect_scores(engine, submitted, watch)
         for i, group in zip(replaced, fresh, strict=True):
             groups[i] = group
         everyones = work.everyones([(g.study.id, g.scores, _lengths(g)) for g in groups])
@@ -156,7 +157,8 @@ def judge_rollouts(
         name = f"step-{batch + 1:06d}.parquet"
     else:
         name = f"step-{batch + 1:06d}-rank{work.accelerator.process_index}.parquet"
-    write_rollouts(work.run / "rollouts" / stage.name / name, groups)
+    with work.together("rollouts"):
+        write_rollouts(work.run / "rollouts" / stage.name / name, groups)
     return metrics | failed_scores(work, engine), normaliser
 
 

@@ -59,6 +59,9 @@ class StageConfig(Section):
     """The policy that the stage ends with: the last one, or the best by `evaluation.headline` on dev."""
     checkpoint_every: int = Field(50, gt=0)
     """Steps between checkpoints to resume from."""
+    keep_checkpoints: int = Field(2, gt=0)
+    """How many of these are kept, the newest; where one is damaged, a run goes on from the one before it. What
+    `keep: best` keeps stays apart."""
     sees: str = ""
     """In words, what this arm is allowed to learn from; printed beside its results."""
     data: DataConfig | None = None
