@@ -1,5 +1,5 @@
-"""Two ranks, under DDP and under FSDP2, give the gradients of one process on the dense path, whichever of them has films
-in which of its forwards."""
+"""Two ranks, under DDP and under FSDP2, give the gradients of one process on the dense path, also where a forward of
+one of them has no film."""
 
 import os
 import subprocess

@@ -103,9 +103,9 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def assert_same(run: Path, other: Path, tolerance: float) -> None:
+def assert_same(run: Path, other: Path, tolerance: float, steps: int = 12) -> None:
     ours, theirs = trajectory(run), trajectory(other)
-    assert len(ours) == len(theirs) == 12
+    assert len(ours) == len(theirs) == steps
     for record, expected in zip(ours, theirs, strict=True):
         assert record.keys() == expected.keys()
         for name, value in record.items():
@@ -166,34 +166,6 @@ def test_small_forwards_on_two_ranks(straight: Path, tmp_path: Path, options: li
     run = start(tmp_path, "run", "stages.grpo.tokens_per_forward=60", *options)
     run_stages(run, ranks=2)
     assert_same(run, straight, 2e-3)
-
-
-def test_two_ranks(straight: Path, tmp_path: Path) -> None:
-    run = start(tmp_path, "run")
-    run_stages(run, ranks=2)
-    assert_same(run, straight, 2e-3)  # the same rounding as of micro-batches
-
-
-def test_every_option_at_once_on_one_rank_and_two(tmp_path: Path) -> None:
-    """Adapters and their base as the reference, checkpointing, several steps a batch, fewer reports in the backward
-    than were sampled, truncated ones left out (most of the groups of a random policy lose all of theirs)."""
-    options = (
-        "policy.lora={rank: 4}",
-        "policy.gradient_checkpointing=true",
-        "stages.grpo.iterations=2",
-        "stages.grpo.group_size=6",
-        "stages.grpo.train_on=3",
-        "stages.grpo.mask_truncated=true",
-        "stages.grpo.resample=1",
-        "stages.grpo.aggregation=normalise_then_sum",
-        "stages.grpo.sampling.max_new_tokens=40",
-    )
-    one = start(tmp_path, "one", *options, "stages.grpo.studies_per_forward=1")
-    two = start(tmp_path, "two", *options)
-    run_stages(one)
-    run_stages(two, ranks=2)
-    assert_same(one, two, 2e-3)
-    assert any(record["grad_norm"] > 0 for record in trajectory(one)[8:])
 
 
 @pytest.mark.parametrize(("stage", "after"), [("sft", 3), ("grpo", 2)])

@@ -1,0 +1,119 @@
+"""One, two and four ranks, whole weights and sharded ones: one and the same trajectory; and a group of reports
+never leaves its rank."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from tests.invariant import test_trajectories as trajectories
+from unirg.recipe.load import load_recipe
+from unirg.stages import run_stage
+
+pytestmark = pytest.mark.slow
+
+BASE = (
+    "stages.sft.steps=3",
+    "stages.grpo.steps=3",
+    "stages.sft.studies_per_step=12",  # three studies on each of four ranks
+    "stages.grpo.studies_per_step=12",
+    "stages.grpo.sampling.max_new_tokens=8",
+)
+OPTIONS = {
+    "whole policy": (
+        "data.dev=5",  # uneven: ranks write different numbers of reports
+        "stages.grpo.evaluate_every=2",
+        "stages.grpo.keep=best",
+        "stages.grpo.checkpoint_every=2",
+    ),
+    "adapters and everything": (
+        "policy.lora={rank: 4}",
+        "policy.gradient_checkpointing=true",
+        "policy.freeze_vision=true",
+        "stages.grpo.aggregation=normalise_then_sum",
+        "stages.grpo.group_size=6",
+        "stages.grpo.iterations=2",
+        "stages.grpo.steps=4",
+        "stages.grpo.train_on=3",
+        "stages.grpo.mask_truncated=true",  # most groups of a random policy lose all of their reports
+        "stages.grpo.resample=1",
+        "stages.grpo.tokens_per_forward=60",  # groups are split, and ranks need different numbers of forwards
+        "stages.grpo.sampling.max_new_tokens=40",
+    ),
+}
+WAYS = {1: ("ddp",), 2: ("ddp", "fsdp2"), 4: ("ddp", "fsdp2")}
+TELLS = "    print(*(f'judged {i}' for i in columns['study_id']), sep='\\n', flush=True)\n    return"
+
+
+def name_of(options: str, ranks: int, way: str) -> str:
+    return f"{options.split()[0]}-{ranks}-{way}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs, those of as many ranks one after another in the same processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = trajectories.environment() | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    for ranks, ways in WAYS.items():
+        runs = []
+        for options, overrides in OPTIONS.items():
+            for way in ways:
+                run = trajectories.start(
+                    folder, name_of(options, ranks, way), *BASE, *overrides, f"distributed.strategy={way}"
+                )
+                runs.append(str(run))
+        (folder / "tests_reward.py").write_text(trajectories.REWARD.replace("    return", TELLS))
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        done = subprocess.run(
+            [sys.executable, *launch, "-m", "tests.invariant.test_ranks", *runs],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("ranks", "way"), [(ranks, way) for ranks, ways in WAYS.items() if ranks > 1 for way in ways])
+def test_the_same_trajectory(folder: Path, options: str, ranks: int, way: str) -> None:
+    ours, expected = folder / name_of(options, ranks, way), folder / name_of(options, 1, "ddp")
+    # Sums in another order: float32 rounding, amplified by AdamW, whose first steps divide by tiny moments.
+    trajectories.assert_same(ours, expected, 2e-3, steps=len(trajectories.trajectory(expected)))
+
+
+def test_everything_learns(folder: Path) -> None:
+    for options in OPTIONS:
+        records = trajectories.trajectory(folder / name_of(options, 1, "ddp"))
+        assert all(record["grad_norm"] > 0 for record in records if record["stage"] == "sft")
+        assert any(record["grad_norm"] > 0 for record in records if record["stage"] == "grpo")
+    evaluated = [r for r in trajectories.trajectory(folder / "whole-4-fsdp2") if "eval/length" in r]
+    assert [record["step"] for record in evaluated] == [2]
+
+
+@pytest.mark.parametrize("way", WAYS[4])
+def test_a_group_stays_on_its_rank(folder: Path, way: str) -> None:
+    run = folder / name_of("whole policy", 4, way)
+    for step in (1, 2, 3):
+        owners: dict[str, set[int]] = {}
+        for rank in range(4):
+            rows = pyarrow.parquet.read_table(run / f"rollouts/grpo/step-{step:06d}-rank{rank}.parquet").to_pylist()
+            ids = [row["study_id"] for row in rows]
+            assert len(ids) == 3 * 4 and len(set(ids)) == 3
+            for study in ids:
+                owners.setdefault(study, set()).add(rank)
+            log = (run / f"stages/grpo/workers/rewards-rank{rank}/worker-1.log").read_text()
+            judged = [line.removeprefix("judged ") for line in log.splitlines() if line.startswith("judged ")]
+            assert sorted(judged[12 * (step - 1) : 12 * step]) == sorted(ids)  # its own, and no other's
+        assert len(owners) == 12 and all(len(ranks) == 1 for ranks in owners.values())
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        recipe = load_recipe(Path(argument) / "recipe.yaml")
+        for stage in recipe.stages:
+            run_stage(recipe, Path(argument), stage)
