@@ -1,5 +1,7 @@
 """`unirg rewards check` and `new` as typed: what is said of a reward, and the exit status."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,8 @@ import pytest
 from unirg.cli import main
 
 FILE = '''
+import re, time
+
 def long(candidates, references):
     """Length."""
     return [min(len(text), 5000) / 5000 for text in candidates]
@@ -18,6 +22,31 @@ def breaks(candidates, references):
 def none(candidates, references, age):
     """Needs what generated studies have not."""
     return [a and a / 100 for a in age]
+
+def hangs(candidates, references):
+    """Never comes back."""
+    while True:
+        try:
+            time.sleep(1000)
+        except Exception:
+            pass
+
+def hangs_at_odd_texts(candidates, references):
+    """A regular expression that takes longer than the world will last, at letters without a space."""
+    return [float(re.match(r"(a+)+b", text) is None and len(text) > 0) for text in candidates]
+
+def hangs_in_c(candidates, references):
+    """Holds the interpreter's lock, and looks at no signal."""
+    sum(range(10**15))
+
+class Sleeps:
+    """Hangs when it is set up."""
+
+    def setup(self):
+        time.sleep(1000)
+
+    def score(self, candidates, references):
+        return []
 
 def exits(candidates, references):
     """Ends the process."""
@@ -48,8 +77,8 @@ def said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Exit status and output, its line breaks made spaces, of a check of one reward of FILE."""
     (tmp_path / "own.py").write_text(FILE)
 
-    def check(name: str) -> tuple[int, str]:
-        status = main(["rewards", "check", f"{tmp_path}/own.py:{name}"])
+    def check(name: str, *options: str) -> tuple[int, str]:
+        status = main(["rewards", "check", f"{tmp_path}/own.py:{name}", *options])
         out, err = capsys.readouterr()
         return status, " ".join((out + err).split())
 
@@ -75,7 +104,7 @@ def test_a_breach_is_status_1(said) -> None:
     assert status == 1
     assert (
         "WRONG empty text as a report: ZeroDivisionError: division by zero" in text
-        and "own.py:8, in <listcomp>" in text
+        and "own.py:10, in <listcomp>" in text
     )
     assert "breaks the contract: see the 2 marked WRONG." in text
     # The probes hold an empty report too.
@@ -85,6 +114,27 @@ def test_a_breach_is_status_1(said) -> None:
 def test_one_that_exits_is_told_so(said) -> None:
     status, text = said("exits")
     assert status == 1 and "WRONG ordinary reports: SystemExit: 3" in text and "cannot be said: SystemExit: 3" in text
+
+
+def test_one_that_hangs_is_told_so_and_where(said) -> None:
+    status, text = said("hangs", "--timeout", "0.2")
+    assert status == 1 and "WRONG ordinary reports: it hangs: a call with 16 reports had no end in 0.2 seconds" in text
+    assert "own.py:20, in hangs); `--timeout` sets how long" in text
+    assert "cannot be said: it hangs: scoring them had no end in 2 seconds" in text
+    status, text = said("hangs_at_odd_texts", "--timeout", "0.5")
+    assert status == 1 and "WRONG 10,000 letters without a space as a report: it hangs: a call with 1 reports" in text
+    assert "in match)" in text and "one word 2,000 times as a report: it hangs" not in text
+    status, text = said("Sleeps", "--timeout", "0.02")
+    assert status == 2 and "it hangs: the set-up of '" in text and "in setup)" in text
+    assert said("long", "--timeout", "0")[0] == 2
+
+
+def test_one_that_holds_the_interpreter_is_ended_with_the_check(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(FILE)
+    program = "import sys; from unirg.scoring import check_reward as c; c.GRACE_SECONDS = 0.2\n"
+    program += "sys.exit(c.check_reward('own.py:hangs_in_c', 0.2))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Timeout" in done.stderr and "in hangs_in_c" in done.stderr
 
 
 def test_own_columns_cannot_be_probed_here(said) -> None:
