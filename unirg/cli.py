@@ -275,11 +275,14 @@ def _scoring_verbs(add: Add) -> None:
     def check(arguments: argparse.Namespace) -> int:
         from unirg.scoring.check_reward import check_reward
 
-        return check_reward(arguments.reward)
+        return check_reward(arguments.reward, arguments.timeout)
 
     summary = "is a reward right, and what would a policy learn from it; status 1 where it breaks the contract"
     parser = _verb(add_below, "check", summary, check)
     parser.add_argument("reward", metavar="REWARD", help="such as path.py:fn, bleu or bleu(variant=coco4)")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="SECONDS", help="what a call may take; default 60"
+    )
 
     def serve(arguments: argparse.Namespace) -> int:
         from unirg.scoring.serve import serve

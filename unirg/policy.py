@@ -267,6 +267,10 @@ class Policy:
         if hasattr(model, "merge_and_unload"):
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(folder, safe_serialization=True)
+        self.save_processor(folder)
+
+    def save_processor(self, folder: Path) -> None:
+        """Writes the processor's part of a model folder."""
         self.processor.save_pretrained(folder)
         if "Qwen" in type(self.processor).__name__ and not hasattr(self.processor, "video_processor"):
             # The video half, which needs torchvision, was never built; engines that serve the folder look for it.

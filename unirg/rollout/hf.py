@@ -62,6 +62,12 @@ class HFSampler:
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def sync_weights(self) -> None:
+        """Nothing to do: the weights are the policy's own."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
     def _decode(
         self,
         prompts: Sequence[EncodedPrompt],

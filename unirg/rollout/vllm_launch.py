@@ -1,0 +1,37 @@
+"""`unirg rollout-server`: vLLM's own server, with what a trainer needs of it."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+
+EXTENSION = "unirg.rollout.vllm_worker.WeightReceiver"
+
+
+def command(model: str, options: Sequence[str], cuda: bool) -> tuple[list[str], dict[str, str]]:
+    """The command that starts the server, and what its environment must say. `options` are vLLM's own and come last,
+    where they outdo the others."""
+    given = {option.partition("=")[0] for option in options}
+    flags = {
+        "--host": ["127.0.0.1"],  # it loads weights from whoever asks: others reach it where the caller says so
+        "--worker-extension-cls": [EXTENSION],
+        "--logprobs-mode": ["processed_logprobs"],
+        "--generation-config": ["vllm"],
+        "--mm-processor-cache-gb": ["0"],  # each prompt comes with its own pixels
+        "--enable-scale-out": [],  # /inference/v1/generate: token ids and pixels in, token ids out
+    }
+    if not cuda:
+        flags |= {"--dtype": ["float32"], "--enforce-eager": []}  # by itself vLLM turns float32 into bfloat16
+    ours = [text for flag, value in flags.items() if flag not in given for text in (flag, *value)]
+    start = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *ours, *options]
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if not cuda:
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return start, environment
+
+
+def serve(model: str, options: Sequence[str]) -> int:
+    """Becomes the server: this process is replaced by vLLM's."""
+    start, environment = command(model, options, torch.cuda.is_available())
+    os.execvpe(start[0], start, environment | os.environ)
