@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.served import Served, free_port
 from unirg import run as run_folder
 from unirg.recipe.load import dump_recipe, load_recipe
 
@@ -122,6 +123,38 @@ def test_the_policy_moves(straight: Path) -> None:
     assert all(record["grad_norm"] > 0 for record in grpo)
     assert grpo[0]["kl"] == pytest.approx(0, abs=1e-7) and grpo[-1]["kl"] > 0
     assert max(record["sampling/sampling_logp_difference/max"] for record in grpo) < 1e-4
+
+
+def test_scores_from_a_server(straight: Path, tmp_path: Path) -> None:
+    """To the last bit, though the server is killed in its first call and started again. The manifest has its address."""
+    port = free_port()
+    own = f"stages.grpo.rewards=[{{name: 'tests_reward.py:closeness', server: 'http://127.0.0.1:{port}'}}]"
+    run = start(tmp_path, "run", own)
+    reward = tmp_path / "tests_reward.py"
+    die = "\n".join(
+        [
+            "    import os, pathlib, signal",
+            "    if not pathlib.Path('died').exists():",
+            "        pathlib.Path('died').touch()",
+            "        os.kill(int(pathlib.Path('server').read_text()), signal.SIGKILL)",
+            "    return",
+        ]
+    )
+    reward.write_text(reward.read_text().replace("    return", die))
+    with Served(str(run / "recipe.yaml"), port=port, cwd=tmp_path) as first:
+        (tmp_path / "server").write_text(str(first.process.pid))
+        with subprocess.Popen(
+            command(run), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+        ) as trainer:
+            first.process.wait(timeout=200)
+            with Served(str(run / "recipe.yaml"), port=port, cwd=tmp_path):
+                told = trainer.communicate(timeout=300)[1]
+    assert trainer.returncode == 0 and "waiting for the scoring server" in told, told
+    assert trajectory(run) == trajectory(straight)
+    ours, expected = weights(run), weights(straight)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
+    said = json.loads((run / "manifest.json").read_text())["rewards"]["grpo"]["closeness"]
+    assert said == {"name": "tests_reward.py:closeness", "options": {}, "server": first.url}
 
 
 def test_micro_batches(straight: Path, tmp_path: Path) -> None:
