@@ -126,7 +126,7 @@ def test_the_policy_moves(straight: Path) -> None:
 
 
 def test_scores_from_a_server(straight: Path, tmp_path: Path) -> None:
-    """To the last bit, though the server is killed in its first call and started again. The manifest has its address."""
+    """To the last bit, though the server is killed in its first call and started again. The manifest says where."""
     port = free_port()
     own = f"stages.grpo.rewards=[{{name: 'tests_reward.py:closeness', server: 'http://127.0.0.1:{port}'}}]"
     run = start(tmp_path, "run", own)
