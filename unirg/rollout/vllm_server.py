@@ -1,0 +1,358 @@
+"""vLLM in servers, on other GPUs or nodes: the sampler's end.
+
+Each rank asks for its own studies, one request a study, spread over all servers, and takes each answer as it comes.
+Rank 0 pushes the weights to every server. Each push has a name of its own, which the server's workers report with every
+answer: a server that was restarted, or that another run has pushed to, cannot answer unnoticed with other weights.
+
+A server that refuses, breaks off, is silent for `timeout` seconds or answers 5xx is left alone; its studies go to the
+others. Where none is left, all ranks wait together, ask again with growing pauses, and push the weights to whichever is
+back. After `wait` seconds all of them raise the same UserError, which says who waited for whom.
+
+TRL's `VLLMClient` retries in silence, has no time limit, does not know which weights a server has, and transfers over
+NCCL alone; its colleague `VLLMGeneration` sends all ranks' images through rank 0 and returns when the last is done.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from http.client import HTTPConnection, HTTPException
+from queue import Queue
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from rich.console import Console
+
+from unirg import ranks
+from unirg.errors import UserError
+from unirg.policy import EncodedPrompt, Policy
+from unirg.rollout.sampler import Sample, SamplingConfig, VllmConfig
+from unirg.rollout.vllm_inputs import (
+    PromptInputs,
+    check_loaded,
+    check_prompt,
+    make_sample,
+    model_source,
+    require_vllm,
+    sampling_parameters,
+)
+from unirg.rollout.weights import WeightStream, named_weights
+
+console = Console()
+
+IN_FLIGHT = 64
+"""Requests that a rank has open at once, so that `timeout` is about work and not about waiting for a turn."""
+PROBE = 10.0
+"""Seconds for an answer that takes no computing."""
+PAUSE = 30.0
+"""The longest pause between two tries, in seconds."""
+
+Tensors = Queue[tuple[str, torch.Tensor] | None]
+
+
+class Fault(Exception):
+    """A server did not answer as it should; it, or another, may do so later."""
+
+
+class Server:
+    """One vLLM server, by its address."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname and parts.port
+        self.url, self.host, self.port = url.rstrip("/"), parts.hostname, parts.port
+        self.open: set[HTTPConnection] = set()
+
+    def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
+        """The JSON that the server answers. Raises Fault, or UserError where it refuses the request as such. Goes
+        straight to the server: a proxy of the environment is for other networks than a cluster's own."""
+        connection = HTTPConnection(self.host, self.port, timeout=timeout)
+        self.open.add(connection)
+        try:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            content = response.read()
+        except TimeoutError as error:
+            raise Fault(f"no answer in {timeout:g} s") from error
+        except (OSError, HTTPException) as error:
+            raise Fault(str(error) or type(error).__name__) from error
+        finally:
+            self.open.discard(connection)
+            connection.close()
+        said = " ".join(content.decode(errors="replace").split())[:300]
+        if response.status >= 500:
+            raise Fault(f"answered {response.status}: {said}")
+        if response.status == 404:
+            raise UserError(f"{self.url} has no {path}; start it by `unirg rollout-server`")
+        if response.status != 200:
+            raise UserError(f"{self.url} answered {response.status}: {said}")
+        try:
+            return json.loads(content) if content else None
+        except json.JSONDecodeError as error:
+            raise Fault(f"answered what is no JSON: {said}") from error
+
+    def workers(self, method: str, *args: Any, timeout: float) -> list[dict[str, Any]]:
+        """What each of the server's workers returns from a method of `vllm_worker.WeightReceiver`."""
+        results = self.post("/collective_rpc", {"method": method, "args": list(args)}, timeout)["results"]
+        if not results or not all(isinstance(result, dict) for result in results):
+            raise Fault(f"its workers answered {results}")
+        return list(results)
+
+    def break_off(self) -> None:
+        """Ends the requests that are open: vLLM drops those whose client has gone."""
+        for connection in list(self.open):
+            connection.close()
+
+
+class ServerSampler:
+    """Samples with vLLM servers."""
+
+    def __init__(self, policy: Policy, config: VllmConfig, sampling: SamplingConfig) -> None:
+        require_vllm()
+        self.policy, self.config = policy, config
+        self.dtype = getattr(torch, policy.config.dtype)
+        self.tokens = policy.config.max_prompt_tokens + sampling.max_new_tokens
+        self.servers = [Server(url) for url in config.servers]
+        self.inputs = PromptInputs(policy, _vllm_processor(policy))
+        self.run = ranks.everyones(secrets.token_hex(4))[0]
+        self.pushes = 0
+        self.away: dict[str, str] = {}
+        """Why a server is left alone, by its address."""
+
+    @property
+    def version(self) -> str:
+        return f"{self.run}-{self.pushes}"
+
+    def sync_weights(self) -> None:
+        """Pushes the policy's weights as they stand to every server that answers. Those that do not are left alone: a
+        `sample` that finds none waits for them. Raises UserError on all ranks where a server does not fit the run."""
+        self.pushes += 1
+        self._push()
+
+    def _push(self) -> None:
+        """Pushes the current weights to the servers that do not have them."""
+        lacking: dict[Server, int] = {}
+        refusal: str | None = None
+        if ranks.rank() == 0:
+            try:
+                lacking = self._look_around()
+            except UserError as error:
+                refusal = str(error)
+        if ranks.everyones(bool(lacking))[0]:
+            weights = named_weights(self.policy.model, self.dtype)
+            try:
+                self._stream(lacking, weights)
+            except UserError as error:
+                refusal = str(error)
+        refusal, self.away = ranks.everyones((refusal, self.away))[0]
+        if refusal is not None:
+            raise UserError(refusal)
+
+    def _look_around(self) -> dict[Server, int]:
+        """Asks every server what it is; returns those without the current weights, with their number of workers."""
+        self.away = {}
+        lacking = {}
+
+        def ask(server: Server) -> list[dict[str, Any]] | Fault:
+            try:
+                return server.workers("unirg_describe", timeout=min(PROBE, self.config.timeout))
+            except Fault as fault:
+                return fault
+
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            answers = list(pool.map(ask, self.servers))
+        for server, answer in zip(self.servers, answers, strict=True):
+            if isinstance(answer, Fault):
+                self.away[server.url] = str(answer)
+                continue
+            self._check(server, answer[0])
+            if any(worker["version"] != self.version for worker in answer):
+                lacking[server] = len(answer)
+        return lacking
+
+    def _check(self, server: Server, what: dict[str, Any]) -> None:
+        """Raises UserError where the server samples something else than the trainer trains."""
+        wanted = {
+            "architecture": type(self.policy.base).__name__,
+            "dtype": self.policy.config.dtype,
+            "logprobs_mode": "processed_logprobs",
+        }
+        for name, value in wanted.items():
+            if what[name] != value:
+                raise UserError(f"{server.url}: its {name} is {what[name]}, and the run needs {value}; start it anew")
+        if what["max_model_len"] < self.tokens:
+            raise UserError(
+                f"{server.url}: takes {what['max_model_len']} tokens, and policy.max_prompt_tokens with "
+                f"sampling.max_new_tokens are {self.tokens}; start it with --max-model-len {self.tokens}"
+            )
+
+    def _stream(self, lacking: dict[Server, int], weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Sends the weights to the servers, all at once; ranks that send nothing take part in the gathering."""
+        queues: list[Tensors] = [Queue(maxsize=2) for _ in lacking]
+        with ThreadPoolExecutor(max(1, len(lacking))) as pool:
+            sends = {s: pool.submit(self._send, s, n, queue) for (s, n), queue in zip(lacking.items(), queues)}
+            try:
+                for weight in weights:
+                    for queue in queues:
+                        queue.put(weight)
+            finally:
+                for queue in queues:
+                    queue.put(None)
+            for server, send in sends.items():
+                try:
+                    send.result()
+                except (Fault, OSError) as error:
+                    self.away[server.url] = f"weights: {error}"
+
+    def _send(self, server: Server, workers: int, tensors: Tensors) -> None:
+        """Sends one server what comes out of the queue, up to None, and has it forget what it computed before: the
+        keys and values of prompts, and the vision tower's features."""
+        timeout, more = self.config.timeout, True
+        try:
+            with (
+                closing(WeightStream(server.host, server.port, workers, timeout)) as stream,
+                ThreadPoolExecutor(1) as pool,
+            ):
+                where = (*stream.address, stream.token, self.version, timeout)
+                fetch = pool.submit(server.workers, "unirg_fetch", *where, timeout=timeout)
+                try:
+                    stream.accept(fetch.done)
+                    while (tensor := tensors.get()) is not None:
+                        stream.write(*tensor)
+                    more = False
+                    stream.end()
+                except OSError:
+                    stream.close()
+                    if fetch.exception() is None:
+                        raise
+                for loaded in fetch.result():
+                    check_loaded(loaded, server.url)
+            for cache in ("prefix_cache?reset_running_requests=true", "encoder_cache"):
+                server.post(f"/reset_{cache}", {}, timeout)
+        finally:
+            while more and tensors.get() is not None:
+                pass
+
+    def sample(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        seeds: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        finished: Callable[[int, int, Sample], None] | None = None,
+    ) -> list[list[Sample]]:
+        """See `Sampler.sample`. A study's samples finish together. Raises UserError, on all ranks, where servers stay
+        away or one read another prompt than the trainer's."""
+        if not self.pushes:
+            self.sync_weights()
+        parameters = [sampling_parameters(self.policy, own, temperature, max_new_tokens) for own in seeds]
+        groups: dict[int, list[Sample]] = {}
+        began, away_since, pause = time.monotonic(), None, 1.0
+
+        def keep(i: int, samples: list[Sample]) -> None:
+            groups[i] = samples * (1 if temperature else len(seeds[i]))
+            for g, sample in enumerate(groups[i] if finished is not None else ()):
+                finished(i, g, sample)  # type: ignore[misc]
+
+        while True:
+            left = [i for i in range(len(prompts)) if i not in groups]
+            refusal = self._round(prompts, parameters, left, keep)
+            now = time.monotonic()
+            waiting = [prompts[i].study_id for i in left if i not in groups]
+            if waiting and away_since is None:
+                away_since = now
+            over = away_since is not None and now - away_since >= self.config.wait
+            line = self._who_waits(waiting, now - began) if waiting else None
+            everyones = ranks.everyones((refusal, line, over))
+            if refusals := [text for text, _, _ in everyones if text is not None]:
+                raise UserError("\n".join(dict.fromkeys(refusals)))
+            lines = [text for _, text, _ in everyones if text is not None]
+            if not lines:
+                return [groups[i] for i in range(len(prompts))]
+            if any(late for _, _, late in everyones):
+                raise UserError("\n".join(lines))
+            if line is not None:
+                console.print(f"[yellow]{line}; asking again[/yellow]", highlight=False, soft_wrap=True)
+            time.sleep(pause)
+            pause = min(2 * pause, PAUSE)
+            self._push()
+
+    def _who_waits(self, waiting: list[str], seconds: float) -> str:
+        servers = "; ".join(f"{url} ({why})" for url, why in self.away.items())
+        more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
+        return f"rank {ranks.rank()} waited {seconds:.0f} s for {servers}: study {', '.join(waiting[:3])}{more}"
+
+    def _round(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        parameters: Sequence[dict[str, Any]],
+        left: Sequence[int],
+        keep: Callable[[int, list[Sample]], None],
+    ) -> str | None:
+        """One try at each of the studies in `left`, kept as they come. Returns why the run must end, if it must."""
+        if not left:
+            return None
+        pool = ThreadPoolExecutor(min(IN_FLIGHT, len(left)))
+        try:
+            asked = {pool.submit(self._group, i, prompts[i], parameters[i]): i for i in left}
+            for answered in as_completed(asked):
+                if (samples := answered.result()) is not None:
+                    keep(asked[answered], samples)
+        except UserError as error:
+            return str(error)
+        finally:  # what is still open here belongs to a round that an error or a signal has ended
+            pool.shutdown(wait=False, cancel_futures=True)
+            for server in self.servers:
+                server.break_off()
+        return None
+
+    def _group(self, i: int, prompt: EncodedPrompt, parameters: dict[str, Any]) -> list[Sample] | None:
+        """A study's samples from the first server that gives them; None where none does."""
+        body = self.inputs.request(prompt) | {"sampling_params": parameters}
+        for k in range(len(self.servers)):
+            server = self.servers[(i + k + ranks.rank()) % len(self.servers)]
+            if server.url not in self.away:
+                try:
+                    return self._ask(server, prompt, body)
+                except Fault as fault:
+                    self.away[server.url] = str(fault)
+        return None
+
+    def _ask(self, server: Server, prompt: EncodedPrompt, body: dict[str, Any]) -> list[Sample]:
+        try:
+            answer = server.post("/inference/v1/generate", body, self.config.timeout)
+        except UserError as error:
+            raise UserError(f"study {prompt.study_id}: {error}") from error
+        check_prompt(prompt, answer.get("prompt_token_ids"), server.url)
+        # After the answer: only `_push` gives a server this name, and none runs meanwhile, so it had it all along.
+        if any(has["version"] != self.version for has in server.workers("unirg_describe", timeout=self.config.timeout)):
+            raise Fault("it has other weights than it was sent: restarted, or in use by another run")
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if len(choices) != body["sampling_params"]["n"] or not all(choice["token_ids"] for choice in choices):
+            raise Fault(f"answered {len(choices)} of {body['sampling_params']['n']} reports of study {prompt.study_id}")
+        return [
+            make_sample(self.policy, choice["token_ids"], [at["logprob"] for at in choice["logprobs"]["content"]])
+            for choice in choices
+        ]
+
+    def close(self) -> None:
+        """Breaks off what is still open; the servers stay up."""
+        for server in self.servers:
+            server.break_off()
+
+
+def _vllm_processor(policy: Policy) -> Any | None:
+    """vLLM's own processor for the policy's model; None for a text-only one."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    if not policy.reads_images:
+        return None
+    trusted = policy.config.trust_remote_code
+    with model_source(policy) as source:
+        arguments = EngineArgs(model=source, dtype=policy.config.dtype, trust_remote_code=trusted)
+        return MULTIMODAL_REGISTRY.create_processor(arguments.create_model_config())
