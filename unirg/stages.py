@@ -214,11 +214,10 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
         if reference is not None:
             distribute(reference.model, strategy, accelerator, half=half, trained=False)
         with ExitStack() as engines:  # their workers end with the stage
-            evaluate = dev_evaluation(work, engines) if stage.evaluate_every else None
             if isinstance(stage, SftStage):
                 from unirg.sft import run_sft
 
-                run_sft(work, evaluate)
+                run_sft(work, dev_evaluation(work, engines))
             else:
                 assert isinstance(stage, GrpoStage)
                 from unirg.grpo.loop import run_grpo
@@ -227,6 +226,7 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
                 engine = engines.enter_context(scoring_engine(work, stage.rewards, "rewards"))
                 if accelerator.is_main_process:
                     run_folder.update_manifest(run, rewards={stage.name: engine.identities()})
+                evaluate = dev_evaluation(work, engines, engine)
                 sampler = HFSampler(policy, stage.sampling.rows_per_forward)
                 run_grpo(work, sampler, engine, evaluate, reference)
     if unsharded is not None:
@@ -278,21 +278,29 @@ def write_reports(recipe: Recipe, run: Path, stage: str) -> None:
         stage_predictions(run, recipe, stage, split, load_studies(recipe.data, split), policy=policy)
 
 
-def scoring_engine(work: StageRun, configs: Sequence[RewardConfig], kind: str) -> ScoringEngine:
+def scoring_engine(
+    work: StageRun, configs: Sequence[RewardConfig], kind: str, beside: ScoringEngine | None = None
+) -> ScoringEngine:
     """This rank's supervised engine; what the rewards print goes to the stage's folder `workers/<kind>`."""
     rank = f"-rank{work.accelerator.process_index}" if work.accelerator.num_processes > 1 else ""
-    return ScoringEngine(configs, supervised=True, logs=work.folder / "workers" / f"{kind}{rank}")
+    return ScoringEngine(configs, supervised=True, logs=work.folder / "workers" / f"{kind}{rank}", beside=beside)
 
 
-def dev_evaluation(work: StageRun, engines: ExitStack) -> Callable[[], dict[str, float]]:
-    """A function that writes greedy reports of dev studies with the policy as it stands and returns their figures.
-    `engines` closes the metrics' engine."""
+def dev_evaluation(
+    work: StageRun, engines: ExitStack, rewards: ScoringEngine | None = None
+) -> Callable[[], dict[str, float]] | None:
+    """A function that writes greedy reports of dev studies with the policy as it stands and returns their figures; None
+    where the stage evaluates none. `engines` closes the metrics' engine, which uses the workers of `rewards`."""
     from unirg.evaluation.evaluate import measure
     from unirg.evaluation.run import max_new_tokens
 
     config = work.recipe.evaluation
+    if not work.stage.evaluate_every:
+        return None
     studies = load_studies(work.recipe.data, "dev")[: work.stage.evaluate_studies]
-    engine = engines.enter_context(scoring_engine(work, config.metrics, "metrics")) if config.metrics else None
+    engine = None
+    if config.metrics:
+        engine = engines.enter_context(scoring_engine(work, config.metrics, "metrics", rewards))
     limit = max_new_tokens(work.recipe)
 
     def evaluate() -> dict[str, float]:

@@ -114,6 +114,7 @@ class Steps:
         with work.uninterrupted("optimiser"):
             self.optimiser.step()
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+            cpu_seconds += metrics.get("time/workers_cpu", 0.0)
             metrics |= {"learning_rate": rate, "grad_norm": norm.item()}
             metrics |= {"time/step": seconds, "time/step_cpu": cpu_seconds}
             self.state["step"] = step + 1

@@ -27,7 +27,7 @@ from unirg.grpo.choose import choose_forward, share_prompts
 from unirg.grpo.forward import AnswerScores, Forward, plan_forwards
 from unirg.grpo.loss import Normaliser, grpo_loss, sampler_correction, sampler_metrics
 from unirg.grpo.monitors import monitors
-from unirg.grpo.rollouts import Group, collect_scores, judge_rollouts, prepare_scoring, sample_groups
+from unirg.grpo.rollouts import Group, collect_scores, judge_rollouts, prepare_scoring, sample_groups, without_scores
 from unirg.policy import EncodedPrompt, Policy, load_policy
 from unirg.recipe.schema import GrpoStage
 from unirg.rollout import Sampler
@@ -68,6 +68,7 @@ def run_grpo(
             with work.together("scoring"):
                 collect_scores(engine, submitted, watch)
             held["metrics"], held["normaliser"] = judge_rollouts(work, sampler, engine, groups, batch, watch)
+            held["unscored"] = without_scores(work, held["metrics"], batch, held.get("unscored", 0))
             held["groups"] = groups
             held["metrics"] |= monitor(groups, batch)
             if step + stage.iterations < stage.steps:

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
+from unirg.errors import UserError
 from unirg.grpo.advantages import AdvantageResult, advantages, most_extreme
 from unirg.grpo.loss import Normaliser
 from unirg.policy import EncodedPrompt
@@ -42,6 +43,9 @@ class Group:
 
 Shared = tuple[str, dict[str, list[float | None]], list[tuple[int, bool]]]
 """What ranks tell each other of a group: study id, scores by label, (length, truncated) of each report."""
+
+UNSCORED = 3
+"""After so many batches in a row without one scored report, or with a reward that fails on all, a stage stops."""
 
 Submitted = list[tuple[int, list[tuple[Group, int]]]]
 """Handles of scores, each with the groups and indices of the reports in its batch."""
@@ -169,6 +173,26 @@ def failed_scores(work: StageRun, engine: ScoringEngine) -> dict[str, float]:
     names = [name for name in figures if name.startswith("rewards/")]
     counts = torch.tensor([figures[name] for name in names], device=work.accelerator.device)
     return figures | dict(zip(names, work.accelerator.reduce(counts, "sum").tolist(), strict=True))
+
+
+def without_scores(work: StageRun, metrics: dict[str, float], batch: int, before: int) -> int:
+    """How many batches in a row had no report that could be scored, or a reward of non-zero weight that failed on every
+    report; `before` of them ahead of this one, whose `metrics` are those of all ranks. At UNSCORED the stage stops:
+    UserError."""
+    judged_none = {r.log_label: r for r in work.stage.rewards if metrics[f"rewards/{r.log_label}/masked"] == 1}
+    failed = [label for label, r in judged_none.items() if r.weight and metrics[f"rewards/{label}/failed"]]
+    if "reward" in metrics and not failed:
+        return 0
+    failure = None
+    if before + 1 == UNSCORED and work.accelerator.is_main_process:
+        what = f"{', '.join(failed)} failed on every report" if failed else "no report could be scored"
+        failure = UserError(
+            f"stage {work.stage.name}, batch {batch + 1}: {what}, {UNSCORED} batches in a row; what is learnt now is "
+            f"not what was asked for. The reason stands above, and what rewards printed in {work.folder / 'workers'}; "
+            "put that right, and the same command goes on"
+        )
+    work.meet("scores", failure)
+    return before + 1
 
 
 def prepare_scoring(engine: ScoringEngine, studies: list[Study]) -> None:

@@ -93,7 +93,9 @@ class RewardConfig(Section):
     """Seconds that one call may take in a worker process; then the process is killed. With `server`, also how long a
     server that is away is waited for."""
     on_error: Literal["mask", "raise"] = "mask"
-    """What follows in training when a call has failed twice: its samples are masked and counted, or the run stops."""
+    """What follows in training when a call has failed twice: its samples are masked and counted, or the run stops. It
+    stops in any case, with a checkpoint, after three batches in a row in which a reward of non-zero weight failed on
+    every report, or no reward could judge any."""
     worker: bool = True
     """Score in a worker process during training, where a crash or a hang cannot take the run along, and while the
     policy computes; false scores in the training process."""
