@@ -64,7 +64,7 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-FREE = ("jobs", "threads", "distributed", "output", "trackers", "evaluation")
+FREE = ("jobs", "threads", "distributed", "rollout.vllm", "output", "trackers", "evaluation")
 """What a recipe may say anew of a run that exists: how it is run and judged, not what it learns."""
 FREE_IN_STAGES = ("shared_prefix", "shared_prefix_kernel", "shared_prefix_mismatch", "tokens_per_forward", "server")
 """The same of a stage: how its forwards are made, where its rewards are scored. The numbers stay the same to rounding.
@@ -85,7 +85,8 @@ def open_run(run: Path, recipe: str) -> None:
         differing = [
             key
             for key in _differences(old, new)
-            if key.split(".")[0] not in FREE and key.rpartition(".")[2] not in FREE_IN_STAGES
+            if not f"{key}.".startswith(tuple(f"{free}." for free in FREE))
+            and key.rpartition(".")[2] not in FREE_IN_STAGES
         ]
         if differing:
             raise UserError(

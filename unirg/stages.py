@@ -35,8 +35,7 @@ from unirg.policy import Policy, blank_prompt, load_policy, vision_tower
 from unirg.prompt import build_messages, prompt_images, report_text
 from unirg.recipe.load import dump_recipe, load_recipe
 from unirg.recipe.schema import GrpoStage, Recipe, SftStage, StageConfig, VisionStage
-from unirg.rollout import generate_reports
-from unirg.rollout.hf import HFSampler
+from unirg.rollout import generate_reports, open_sampler
 from unirg.scoring.contract import RewardConfig
 from unirg.scoring.engine import ScoringEngine
 from unirg.scoring.registry import check_trainable
@@ -227,7 +226,9 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
                 if accelerator.is_main_process:
                     run_folder.update_manifest(run, rewards={stage.name: engine.identities()})
                 evaluate = dev_evaluation(work, engines, engine)
-                sampler = HFSampler(policy, stage.sampling.rows_per_forward)
+                images = max(len(prompt_images(study, recipe.prompt)) for study in studies)
+                sampler = open_sampler(recipe.rollout, policy, stage.sampling, images=images, ranks=world)
+                engines.callback(sampler.close)
                 run_grpo(work, sampler, engine, evaluate, reference)
     if unsharded is not None:
         full = filled(unsharded, policy.model, accelerator.is_main_process)

@@ -58,6 +58,8 @@ def run_grpo(
             studies = work.mine(work.step_studies(batch))
             if "groups" not in held:
                 prepare_scoring(engine, studies)
+            with work.together("weights"), watch("weights"):
+                sampler.sync_weights()
             groups, submitted = sample_groups(work, sampler, engine, studies, watch, batch)
             if "forward" not in held:
                 answers = [[sample.ids for sample in group.samples] for group in groups]

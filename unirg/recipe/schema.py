@@ -11,7 +11,7 @@ from unirg.grpo.loss import LossConfig
 from unirg.grpo.monitors import MonitorConfig
 from unirg.policy import PolicyConfig
 from unirg.prompt import PromptConfig
-from unirg.rollout import SamplingConfig
+from unirg.rollout import RolloutConfig, SamplingConfig
 from unirg.scoring.contract import RewardConfig
 from unirg.section import Section
 
@@ -178,6 +178,8 @@ class Recipe(Section):
     """The policy: built here or loaded."""
     stages: list[Stage] = Field(min_length=1)
     """The stages, in order; each starts from the one before it unless it says otherwise."""
+    rollout: RolloutConfig = RolloutConfig()
+    """What samples the reports that grpo stages learn from."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured at the end, and against which stage."""
     distributed: DistributedConfig = DistributedConfig()
