@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=unirg.__version__)
     add = parser.add_subparsers(dest="verb", metavar="VERB", required=True).add_parser
     _train_verbs(add)
+    _rollout_verbs(add)
     _recipe_verbs(add)
     _data_verbs(add)
     _evaluation_verbs(add)
@@ -99,6 +100,19 @@ def _train_verbs(add: Add) -> None:
 
     parser = _verb(add, "report", "write a run's report.html", report)
     parser.add_argument("folder", type=Path, metavar="RUN")
+
+
+def _rollout_verbs(add: Add) -> None:
+    def rollout_server(arguments: argparse.Namespace) -> int:
+        from unirg.rollout.vllm_launch import serve
+
+        return serve(arguments.model, arguments.options)
+
+    summary = "a vLLM server that takes a run's weights and samples for it (rollout.vllm.servers)"
+    parser = _verb(add, "rollout-server", summary, rollout_server)
+    parser.add_argument("model", metavar="MODEL", help="the folder or hub id that the run's policy starts from")
+    help = "vLLM's own, such as --port 8001 --tensor-parallel-size 2 --max-model-len 4352 --host 10.0.0.7"
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTION", help=help)
 
 
 def _recipe_verbs(add: Add) -> None:
