@@ -19,6 +19,7 @@ from unirg.grpo.shared_prefix import packed_logps
 from unirg.policy import blank_prompt
 
 WAYS = ("ddp", "fsdp2", "fsdp2 recomputed", "fsdp2 dense")
+HALVES = ("ddp half", "fsdp2 half")
 FORWARDS = (([0], [1]), ([2], [3]))  # studies by rank and forward: the second rank's first forward has no film
 
 
@@ -38,15 +39,17 @@ def one_rank(folder: Path) -> None:
     """This rank's share of the batch in every way; the first rank writes the whole gradients."""
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    for way in WAYS:
+    for way in WAYS + HALVES:
+        half = "half" in way
         policy = wide_policy(gradient_checkpointing="recomputed" in way)
         prompts, answers = encode(policy), random_answers(policy, LENGTHS)
-        distribute(policy.model, way.split()[0], accelerator)
+        distribute(policy.model, way.split()[0], accelerator, half=half)
         if "fsdp2" in way:
             policy.blank = blank_prompt(policy)
         forward = answer_logps if "dense" in way else packed_logps
         for chosen in FORWARDS[accelerator.process_index]:
-            scores = forward(policy, [prompts[i] for i in chosen], [answers[i] for i in chosen])
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                scores = forward(policy, [prompts[i] for i in chosen], [answers[i] for i in chosen])
             assert len(scores.logps_BT) == sum(len(answers[i]) for i in chosen)
             summed(sum(map(len, LENGTHS[: chosen[0]])))(scores).backward()
         sum_gradients(policy.model.parameters())
@@ -80,6 +83,19 @@ def test_two_ranks_give_the_dense_gradients_of_one(folder: Path, way: str) -> No
     prompts, answers = encode(policy), random_answers(policy, LENGTHS)
     _, _, expected = gradients(policy, lambda: answer_logps(policy, prompts, answers), summed(0))
     assert_same_gradients(torch.load(folder / f"{way}.pt"), expected)
+
+
+def test_half_precision_is_as_near_to_float32_with_sharded_weights(folder: Path) -> None:
+    """Layers that are gathered in bfloat16 lose no more than autocast does with float32 ones."""
+    expected = torch.load(folder / "ddp.pt")
+
+    def off(way: str) -> float:
+        ours = torch.load(folder / f"{way}.pt")
+        assert all(gradient.dtype == torch.float32 for gradient in ours.values())
+        return float(torch.stack([(ours[name] - g).norm() for name, g in expected.items()]).norm())
+
+    total = float(torch.stack([g.norm() for g in expected.values()]).norm())
+    assert 0 < off("fsdp2 half") < 1.2 * off("ddp half") < 0.2 * total
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 one on real groups of the first step.
 
 The check compares log-probs, which a wrong position, mask or image would move. It runs in the precision of the weights,
-without autocast: float32 wherever the weights are. The flash kernel, and adapters on bfloat16 weights, leave bfloat16.
+without autocast: float32 wherever the weights are. The flash kernel, adapters on bfloat16 weights, and sharded weights
+that are gathered in bfloat16 leave bfloat16.
 """
 
 import json
@@ -15,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from rich.markup import escape
 
 from unirg import run as run_folder
+from unirg.distributed import sharded_modules
 from unirg.errors import UserError
 from unirg.grpo.forward import DENSE, Forward, plan_forwards
 from unirg.grpo.prefix_attention import Kernel, PackedLayout, PackedStudy, shared_prefix_attention
@@ -65,7 +67,8 @@ def _checked(
     work: StageRun, forward: Forward, kernel: Kernel, prompts: Sequence[EncodedPrompt], answers: Answers
 ) -> tuple[Forward, str]:
     stage, policy = work.stage, work.policy
-    half = kernel == "flash" or policy.base.get_input_embeddings().weight.dtype != torch.float32
+    gathered = policy.config.dtype == "bfloat16" and bool(sharded_modules(policy.model))
+    half = kernel == "flash" or gathered or policy.base.get_input_embeddings().weight.dtype != torch.float32
     dtype = "bfloat16" if half else "float32"
     with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=half):
         difference, studies = self_check(policy, forward, prompts, answers, stage.tokens_per_forward)
