@@ -147,7 +147,7 @@ def test_what_cannot_be_loaded_or_set_up_is_bad_input(said, capsys) -> None:
     status, text = said("Fails")
     assert status == 2 and "own.py:Fails' cannot be set up: FileNotFoundError: model.pt (" in text
     status, text = said("unbuilt")
-    assert status == 2 and "own.py:unbuilt' cannot be set up: RuntimeError: no weights (" in text
+    assert status == 2 and "own.py:unbuilt' cannot be built: RuntimeError: no weights (" in text
     assert main(["rewards", "check", "bleu,rouge_l"]) == 2
     assert "names 2 rewards" in capsys.readouterr().err
     assert main(["rewards", "check", "no_such"]) == 2

@@ -1,5 +1,6 @@
 """Three ways to name a reward, and what a wrong name is answered with."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,11 @@ def test_a_missing_column_is_named(own_file):
         ("bleu", {"varient": "coco4"}, "no option 'varient' .nearest: variant"),
         ("bleu", {"variant": "bleu9"}, "variant 'bleu9' is none of"),
         ("rouge_l", {"depth": 1}, "no option 'depth' .options: none"),
-        ("no/such/file.py:f", {}, "cannot be imported .FileNotFoundError"),
+        ("no/such/file.py:f", {}, "there is no file /.*/no/such/file.py"),
+        ("no/such/file.py", {}, "names a file; name its function too, as no/such/file.py:FUNCTION"),
         ("no.such.module:f", {}, "no.such.module cannot be imported"),
         ("unirg_rewards.bleu:Blue", {}, "has no 'Blue' .nearest: Bleu"),
-        ("unirg_rewards.bleu:VARIANTS", {}, "is a tuple, expected a function or a class"),
+        ("unirg_rewards.bleu:VARIANTS", {}, "is of type tuple, expected a function or a class"),
     ],
 )
 def test_a_wrong_name_or_option_is_told(name, options, said):
@@ -91,9 +93,22 @@ def test_a_misspelt_option_of_a_function_is_not_swallowed_by_its_columns(own_fil
 
 def test_a_file_that_fails_says_so_and_can_be_mended(tmp_path):
     path = tmp_path / "bad.py"
-    path.write_text("1 / 0")
-    with pytest.raises(RewardError, match="ZeroDivisionError"):
-        load_reward(f"{path}:f")
+    for content, said in (
+        ("1 / 0", r"ZeroDivisionError: .*bad\.py:1, in <module>"),
+        ("import nothing_of_this_name", r"No module named 'nothing_of_this_name' \(\S*bad\.py:1, in <module>\)$"),
+        ("open('gone.csv')", r"FileNotFoundError: .*'gone\.csv' \(\S*bad\.py:1, in <module>\)$"),
+        ("def f(candidates, references\n", r"SyntaxError: '\(' was never closed \(bad\.py, line 1\)$"),
+        ("def f(candidates):\n    return []", r"takes 1 positional arguments, expected \(candidates, references\)"),
+        (
+            "class f:\n    def __init__(self):\n        open('gone.pt')",
+            r"cannot be built: FileNotFoundError: .*bad\.py:3",
+        ),
+    ):
+        path.write_text(content)
+        with pytest.raises(RewardError, match=said):
+            load_reward(f"{path}:f")
+        for name in [name for name in sys.modules if name.startswith("unirg_reward_bad_")]:
+            del sys.modules[name]  # a file is executed once per process
     path.write_text("def f(candidates, references):\n    return [1.0 for _ in candidates]")
     assert load_reward(f"{path}:f").score(["x"], [""]) == [1.0]
 

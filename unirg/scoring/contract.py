@@ -169,8 +169,11 @@ def validated_scores(name: str, returned: Any, study_ids: Sequence[str]) -> list
     if hasattr(returned, "tolist"):
         returned = returned.tolist()
     if not isinstance(returned, (list, tuple)):
-        kind = type(returned).__name__
-        raise RewardError(f"reward '{name}' returned {kind}, expected a list of {len(study_ids)} numbers or None")
+        found = "nothing" if returned is None else f"a {type(returned).__name__}"
+        raise RewardError(
+            f"reward '{name}' returned {found}, expected a list of {len(study_ids)}, for each candidate a number, or "
+            "None where it cannot judge"
+        )
     if len(returned) != len(study_ids):
         raise RewardError(
             f"reward '{name}' returned {len(returned)} scores for {len(study_ids)} candidates; expected one each "
@@ -179,8 +182,8 @@ def validated_scores(name: str, returned: Any, study_ids: Sequence[str]) -> list
     for index, value in enumerate(returned):
         if value is not None and not _is_finite(value):
             raise RewardError(
-                f"reward '{name}' returned {value!r} at index {index} (study {study_ids[index]}); expected a finite "
-                "number, or None where it cannot judge"
+                f"reward '{name}' returned {value!r:.80} at index {index} (study {study_ids[index]}); expected a "
+                "finite number, or None where it cannot judge"
             )
     return [None if value is None else float(value) for value in returned]
 

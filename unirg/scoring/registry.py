@@ -26,6 +26,7 @@ from unirg.scoring.contract import (
     validated_scores,
     validated_terms,
 )
+from unirg.scoring.worker import described
 
 GROUP = "unirg.rewards"
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -152,16 +153,26 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
             raise RewardError(f"reward '{name}' has no option '{option}'{_nearest(option, named)} (options: {known})")
     try:
         built = written(**options) if inspect.isclass(written) else written
+    except RewardError:
+        raise
     except (TypeError, ValueError) as error:
         raise RewardError(f"reward '{name}' cannot be built with options {options}: {error}") from error
+    except Exception as error:  # whatever its constructor raises
+        raise RewardError(f"reward '{name}' cannot be built: {described(error)}") from error
     if hasattr(built, "score"):
         if options and not inspect.isclass(written):
             raise RewardError(f"reward '{name}' is an object already built; it takes no options")
-        return Reward(name, options, built, built.score)
-    if not callable(built):
+        reward = Reward(name, options, built, built.score)
+    elif callable(built):
+        reward = Reward(name, options, built, functools.partial(built, **options))
+    else:
         kind = type(built).__name__
-        raise RewardError(f"reward '{name}' is a {kind}, expected a function or a class with a `score` method")
-    return Reward(name, options, built, functools.partial(built, **options))
+        raise RewardError(f"reward '{name}' is of type {kind}, expected a function or a class with a `score` method")
+    kinds = [parameter.kind for parameter in inspect.signature(reward.function).parameters.values()]
+    lists = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    if lists < 2 and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        raise RewardError(f"reward '{name}' takes {lists} positional arguments, expected (candidates, references)")
+    return reward
 
 
 def check_trainable(configs: Iterable[RewardConfig]) -> None:
@@ -198,14 +209,19 @@ def installed() -> list[InstalledReward]:
 def _find(name: str) -> Any:
     """The object that `name` names, imported."""
     where, colon, attribute = name.rpartition(":")
+    if not colon and name.endswith(".py"):
+        raise RewardError(f"reward '{name}' names a file; name its function too, as {name}:FUNCTION")
     if not colon:
         return _load_entry_point(name)
+    if where.endswith(".py") and not (file := Path(where).expanduser()).is_file():
+        raise RewardError(f"reward '{name}': there is no file {file.absolute()}")
     try:
         module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
     except RewardError:
         raise
     except Exception as error:  # whatever the module's own code raises
-        raise RewardError(f"reward '{name}': {where} cannot be imported ({type(error).__name__}: {error})") from error
+        hint = f"; a file is named {where}.py:{attribute}" if Path(f"{where}.py").is_file() else ""
+        raise RewardError(f"reward '{name}': {where} cannot be imported: {described(error)}{hint}") from error
     if not hasattr(module, attribute):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise RewardError(f"reward '{name}': {where} has no '{attribute}'{_nearest(attribute, functions)}")

@@ -135,5 +135,8 @@ def described(error: BaseException) -> str:
 
     if isinstance(error, RewardError):
         return str(error)[:LONGEST]
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {str(error)[:LONGEST]} ({where.filename}:{where.lineno}, in {where.name})"
+    said = f"{type(error).__name__}: {str(error)[:LONGEST]}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    if isinstance(error, SyntaxError) or not frames:  # the one names its own line, the other is nobody's
+        return said
+    return f"{said} ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})"
