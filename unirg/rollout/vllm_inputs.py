@@ -81,11 +81,11 @@ class PromptInputs:
 
     def images(self, prompt: EncodedPrompt) -> tuple[list[Any], list[str], list[tuple[int, int]]]:
         """The prompt's images, each as vLLM's item, with its hash and its run of image tokens."""
+        if not prompt.images:
+            return [], [], []
         from transformers import BatchFeature
         from vllm.multimodal.inputs import MultiModalKwargsItems
 
-        if not prompt.images:
-            return [], [], []
         assert self.processor is not None
         # Floats as the tower will read them: half the bytes under bfloat16.
         inputs = BatchFeature(
@@ -117,11 +117,11 @@ class PromptInputs:
 
     def request(self, prompt: EncodedPrompt) -> dict[str, Any]:
         """The prompt as JSON for a server's /inference/v1/generate."""
-        from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import encode_mm_kwargs_item
-
         body: dict[str, Any] = {"token_ids": prompt.ids_P.tolist(), "return_token_ids": True}
         items, hashes, runs = self.images(prompt)
         if items:
+            from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import encode_mm_kwargs_item
+
             body["features"] = {
                 "mm_hashes": {"image": hashes},
                 "mm_placeholders": {"image": [{"offset": first, "length": length} for first, length in runs]},

@@ -14,10 +14,11 @@ NCCL alone; its colleague `VLLMGeneration` sends all ranks' images through rank 
 
 import json
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException
 from queue import Queue
 from typing import Any
@@ -102,16 +103,16 @@ class Server:
         return list(results)
 
     def break_off(self) -> None:
-        """Ends the requests that are open: vLLM drops those whose client has gone."""
+        """Ends the requests that are open, and the waiting of their threads: vLLM drops those whose client has gone."""
         for connection in list(self.open):
-            connection.close()
+            with suppress(OSError, AttributeError):  # it may be at its end, or not at its beginning
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 class ServerSampler:
     """Samples with vLLM servers."""
 
     def __init__(self, policy: Policy, config: VllmConfig, sampling: SamplingConfig) -> None:
-        require_vllm()
         self.policy, self.config = policy, config
         self.dtype = getattr(torch, policy.config.dtype)
         self.tokens = policy.config.max_prompt_tokens + sampling.max_new_tokens
@@ -346,13 +347,15 @@ class ServerSampler:
 
 
 def _vllm_processor(policy: Policy) -> Any | None:
-    """vLLM's own processor for the policy's model; None for a text-only one."""
+    """vLLM's own processor for the policy's model; None where prompts have no images. Raises UserError where vLLM,
+    which the trainer needs for nothing else, is not installed."""
+    if not (policy.reads_images and policy.prompt.images):
+        return None
+    require_vllm()
     from vllm.engine.arg_utils import EngineArgs
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    if not policy.reads_images:
-        return None
     trusted = policy.config.trust_remote_code
-    with model_source(policy) as source:
+    with torch.random.fork_rng(devices=[]), model_source(policy) as source:
         arguments = EngineArgs(model=source, dtype=policy.config.dtype, trust_remote_code=trusted)
         return MULTIMODAL_REGISTRY.create_processor(arguments.create_model_config())
