@@ -37,7 +37,7 @@ class Models(Protocol):
     @property
     def identity(self) -> dict[str, Any]: ...
 
-    def setup(self) -> None: ...
+    def setup(self, device: str = "cpu") -> None: ...
 
     def entities(self, reports: list[str]) -> list[list[Entity]]: ...
 
@@ -48,11 +48,13 @@ class RateScore:
     """Medical entities matched by meaning and type, negation included (RaTEScore; offline by default).
 
     Lies in [0, 1]. Options: `backend` offline or official; `weights` long or short (upstream's two weight matrices);
-    `official_edges` (see the module); and for the official backend `ner` and `embedder` (a folder or a hub id) and
-    `device`.
+    `official_edges` (see the module); and for the official backend `ner` and `embedder` (a folder or a hub id)
+    and `sentences` pyrush (upstream's splitter, which must be installed) or rule (see `ratescore_sentences`).
     """
 
-    needs = "nothing; backend=official: the weights of RaTE-NER-Deberta and BioLORD-2023-C, by folder or hub id"
+    needs = (
+        "nothing; backend=official: PyRuSH, and the weights of RaTE-NER-Deberta and BioLORD-2023-C, by folder or hub id"
+    )
 
     def __init__(
         self,
@@ -61,18 +63,23 @@ class RateScore:
         official_edges: bool = False,
         ner: str = "Angelakeke/RaTE-NER-Deberta",
         embedder: str = "FremyCompany/BioLORD-2023-C",
-        device: str | None = None,
+        sentences: str = "pyrush",
     ) -> None:
         if weights not in ratescore_weights.WEIGHTS:
             raise ValueError(f"weights '{weights}' is neither long nor short")
         if backend not in ("offline", "official"):
             raise ValueError(f"backend '{backend}' is neither offline nor official")
         self.backend, self.weights, self.official_edges = backend, weights, official_edges
-        self.models: Models = OfflineModels() if backend == "offline" else OfficialModels(ner, embedder, device)
+        self.models: Models = OfflineModels() if backend == "offline" else OfficialModels(ner, embedder, sentences)
 
-    def setup(self) -> None:
-        """Load the backend's models. Raises OSError naming a folder or hub id that cannot be loaded."""
-        self.models.setup()
+    @property
+    def shares(self) -> str | None:
+        """Rewards of the same two models belong into one process; the offline backend has nothing to share."""
+        return self.models.shares if isinstance(self.models, OfficialModels) else None
+
+    def setup(self, device: str = "cpu") -> None:
+        """Load the backend's models, once per process. Raises RewardError naming one that cannot be loaded."""
+        self.models.setup(device)
 
     @property
     def identity(self) -> dict[str, Any]:

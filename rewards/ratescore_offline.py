@@ -53,8 +53,8 @@ class OfflineModels:
         """What stands in for the published models."""
         return {"ner": "unirg.extraction", "embedder": "concepts and trigrams"}
 
-    def setup(self) -> None:
-        """Nothing to load."""
+    def setup(self, device: str = "cpu") -> None:
+        """Nothing to load, on any device."""
 
     def entities(self, reports: list[str]) -> list[list[tuple[str, str]]]:
         """(string, type) of every entity, report by report, in the text's order."""

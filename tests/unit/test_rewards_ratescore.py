@@ -1,5 +1,6 @@
 """RaTEScore: the published algorithm, its edge cases, and the real loading code on tiny models."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -7,29 +8,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from transformers import (
-    DebertaV2Config,
-    DebertaV2ForTokenClassification,
-    MPNetConfig,
-    MPNetModel,
-    PreTrainedTokenizerFast,
-)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForTokenClassification
 
+from tests.ratescore_archives import write_embedder, write_tagger
+from unirg.scoring.contract import RewardError
 from unirg.scoring.registry import load_reward
 from unirg_rewards.ratescore import both_directions
-from unirg_rewards.ratescore_official import entity_spans, split_sentences
+from unirg_rewards.ratescore_official import entity_spans, load_strings, load_tagger
+from unirg_rewards.ratescore_sentences import split_by_rule
 from unirg_rewards.ratescore_weights import NEGATION, TYPES, WEIGHTS
 
 REFERENCE = "Small left pleural effusion. Mild cardiomegaly. No pneumothorax."
 
 REPORTS = [
-    "small left pleural effusion . heart is large .",
-    "no pneumothorax . the lungs are clear .",
-    "heart is large . no pleural effusion .",
+    "Small left pleural effusion. The heart is normal in size.",
+    "No pneumothorax. The lungs are clear with no focal opacity.",
+    "Severe edema and bilateral opacity. No acute cardiopulmonary process; tube ends above the carina.",
 ]
 
 
@@ -106,8 +101,8 @@ def test_labels_become_entities_as_upstream_reads_them(labels, spans):
     assert entity_spans(tokens, tagged) == [(first + 1, last + 1, "ANATOMY") for first, last in spans]
 
 
-def test_sentences():
-    assert split_sentences("No effusion.  Heart is large.\nok\n\nAorta 3.5 cm.") == [
+def test_sentences_by_the_rule():
+    assert split_by_rule("No effusion.  Heart is large.\nok\n\nAorta 3.5 cm.") == [
         "No effusion.",
         "Heart is large.",
         "Aorta 3.5 cm.",
@@ -149,53 +144,92 @@ def test_a_better_report_scores_higher():
     assert scores[0] > 0.99
 
 
-def _tokenizer(folder, words):
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    return len(vocabulary)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of the published models' architectures, tiny, with random weights."""
-    torch.manual_seed(0)
-    words = [word for report in REPORTS for word in report.split()]
-    words = list(dict.fromkeys(words))
-    names = ["O", *(f"{mark}-{kind}" for kind in TYPES for mark in "BI")]
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    ner, embedder = tmp_path_factory.mktemp("ner"), tmp_path_factory.mktemp("embedder")
-    size = _tokenizer(ner, words)
-    config = DebertaV2Config(vocab_size=size, id2label=dict(enumerate(names)), **sizes)
-    DebertaV2ForTokenClassification(config).save_pretrained(ner)
-    _tokenizer(embedder, words)
-    MPNetModel(MPNetConfig(vocab_size=size, **sizes)).save_pretrained(embedder)
-    return {"backend": "official", "ner": str(ner), "embedder": str(embedder), "device": "cpu"}
+    """Options for folders of the published models' architectures, tiny, with random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    folders = {"ner": write_tagger(folder / "ner", o_bias=-2), "embedder": write_embedder(folder / "embedder")}
+    return {"backend": "official", "sentences": "rule"} | {name: str(path) for name, path in folders.items()}
+
+
+def fresh(models):
+    """The reward with models of its own: nothing is remembered."""
+    load_tagger.cache_clear()
+    load_strings.cache_clear()
+    reward = load_reward("ratescore", models)
+    reward.setup()
+    return reward
 
 
 def test_the_official_backend_scores_from_model_folders(models):
-    reward = load_reward("ratescore", models)
-    reward.setup()
-    assert sum(map(len, reward.written.models.entities(REPORTS))) > 3  # else the test would show nothing
-    scores = reward.score(REPORTS + REPORTS, REPORTS + REPORTS[::-1])
+    reward = fresh(models)
+    assert sum(map(len, reward.written.models.entities(REPORTS))) > 5  # else the test would show nothing
+    scores = reward.score(REPORTS + REPORTS, REPORTS + REPORTS[1:] + REPORTS[:1])
     assert scores[:3] == pytest.approx([1, 1, 1], abs=1e-5)
     assert all(score is not None and 0 <= score <= 1 for score in scores)
+    assert len({round(score, 6) for score in scores}) > 2
     assert reward.score(["", "x"], REPORTS[:2])[0] == 0
     json.dumps(reward.identity)
-    assert reward.identity["ner"] == models["ner"]
+    assert reward.identity["ner"] == models["ner"] and reward.identity["sentences"] == "rule"
+    assert reward.identity["ner_weights"] != reward.identity["embedder_weights"]
 
 
-def test_the_official_backends_entities_do_not_depend_on_the_batch(models):
-    together, alone = (load_reward("ratescore", models).written.models for _ in range(2))
-    assert together.entities(REPORTS) == [alone.entities([report])[0] for report in REPORTS]
-    strings = ["small left pleural effusion", "heart"]
-    vectors = np.stack([alone.embed([string])[0] for string in strings])
-    assert together.embed(strings) == pytest.approx(vectors, abs=1e-5)
+def test_batched_and_remembered_is_as_alone(models):
+    texts = [*REPORTS, "Effusion " * 700, "[PAD] heart [SEP] large [CLS]", REPORTS[0] + " " + REPORTS[1]]
+    pairs = [(a, b) for a in texts for b in texts]
+    candidates, references = [list(side) for side in zip(*pairs)]
+    together = fresh(models | {"official_edges": True})
+    values = together.score(candidates, references)
+    alone = [fresh(models | {"official_edges": True}).score([a], [b])[0] for a, b in pairs[::5]]
+    assert values[::5] == pytest.approx(alone, abs=1e-6)
+    assert together.score(candidates[::-1], references[::-1]) == pytest.approx(values[::-1], abs=1e-6)
+    assert len({round(value, 4) for value in values}) > 5
 
 
-def test_a_model_folder_that_is_not_there_is_named(models):
-    with pytest.raises(OSError, match="no/such/folder"):
-        load_reward("ratescore", models | {"ner": "/no/such/folder"}).setup()
+@pytest.mark.parametrize("buckets", [256, 16])  # long texts go beyond half of 16 buckets, where these are logarithmic
+def test_the_narrow_table_of_positions_changes_nothing(tmp_path, buckets):
+    tagger = load_tagger(str(write_tagger(tmp_path / "ner", buckets=buckets)), "cpu").encoder
+    plain = AutoModelForTokenClassification.from_pretrained(tmp_path / "ner").eval()
+    texts = ["heart", "small left effusion " * 4, "no effusion " * 30, "severe edema of the heart " * 100]
+    ids = tagger.tokenizer(texts, truncation=True, max_length=512)["input_ids"]
+    assert [len(row) > 17 for row in ids] == [False, False, True, True]
+    for rows, logits_BTL in tagger.batches(ids[::-1]):
+        for row, logits_TL in zip(rows, logits_BTL, strict=True):
+            expected_TL = plain(torch.tensor([ids[::-1][row]])).logits[0].detach()
+            assert logits_TL[: len(expected_TL)].numpy() == pytest.approx(expected_TL.numpy(), abs=2e-5)
+
+
+def test_two_rewards_of_the_same_models_share_them(models):
+    one, other = fresh(models), load_reward("ratescore", models | {"weights": "short"})
+    other.setup()
+    assert one.written.models._tagger is other.written.models._tagger
+    assert one.written.shares == other.written.shares != load_reward("ratescore").written.shares
+
+
+@pytest.mark.parametrize("role", ["ner", "embedder"])
+def test_a_model_folder_that_is_not_there_is_named(models, role):
+    with pytest.raises(RewardError, match=r"/no/such/folder cannot be loaded.*config.json"):
+        load_reward("ratescore", models | {role: "/no/such/folder"}).setup()
+
+
+def test_a_model_without_a_head_or_with_other_labels_is_refused(models, tmp_path):
+    folder = write_tagger(tmp_path / "ner")
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: value for key, value in weights.items() if "classifier" not in key}, folder / "model.safetensors")
+    with pytest.raises(RewardError, match=r"lacks 2 weights.*classifier.bias"):
+        load_reward("ratescore", models | {"ner": str(folder)}).setup()
+    save_file(weights, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"]["3"] = "B-DEVICE"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RewardError, match=r"tags .*B-DEVICE"):
+        load_reward("ratescore", models | {"ner": str(folder)}).setup()
+
+
+def test_without_upstreams_splitter_it_says_what_to_install(models):
+    if importlib.util.find_spec("PyRuSH"):
+        pytest.skip("PyRuSH is installed")
+    with pytest.raises(RewardError, match=r"pip install .*PyRuSH.*sentences: rule"):
+        load_reward("ratescore", models | {"sentences": "pyrush"}).setup()
+    with pytest.raises(RewardError, match="neither pyrush nor rule"):
+        load_reward("ratescore", models | {"sentences": "words"})
