@@ -69,6 +69,34 @@ def test_weights_named_once_serve_every_stage_and_the_evaluation() -> None:
             assert reward.options == {"model_folder": "chexbert"}
 
 
+def test_the_recipe_can_be_audited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Random weights do not say which trick pays on a draft. That an exact match is never beaten holds for any."""
+    one = "stages.grpo_r1.rewards.r1.options"
+    judge_options = "stages.grpo_errors.rewards.judge_errors.options"
+    with serve(answer(location=1)) as judge:
+        overrides = {
+            "data": "{adapter: phantom, train: 5}",
+            f"{one}.radgraph.model_folder": write_archive(tmp_path / "radgraph", "radgraph"),
+            f"{one}.bertscore.model_folder": roberta_folder(tmp_path / "distilroberta-base", layers=5),
+            f"{one}.chexbert.model_folder": chexbert_folder(tmp_path / "chexbert"),
+            "stages.grpo_r1.rewards.r1.device": "cpu",
+            "stages.grpo_errors.rewards.r1.device": "cpu",
+            f"{judge_options}.base_url": judge.base_url,
+            f"{judge_options}.cache": tmp_path / "judge.sqlite",
+        }
+        capsys.readouterr()
+        status = main(["audit", str(RECIPE), "--json", *(f"{key}={value}" for key, value in overrides.items())])
+    stages = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [stage["name"] for stage in stages] == ["grpo_r1", "grpo_errors"]
+    assert status == (0 if all(stage["passes"] for stage in stages) else 1)
+    assert stages[1]["how"] == "1 r1 + 0.5 judge_errors"
+    sums = [next(subject for subject in stage["subjects"] if subject["decides"]) for stage in stages]
+    for found in sums:
+        assert "wins" not in {outcome["verdict"] for outcome in found["outcomes"]["own"].values()}
+        assert all(found["outcomes"][base]["empty"]["verdict"] == "loses" for base in ("own", "draft"))
+    assert sums[1]["unchanged"]["own"] == pytest.approx(sums[0]["unchanged"]["own"] + 0.5 * 1 / 2)
+
+
 @dataclass
 class Trained:
     """A finished run, and the judge that it asked."""
