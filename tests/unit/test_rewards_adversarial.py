@@ -1,6 +1,7 @@
 """The tricks of a policy, one by one, against every reward that comes with UniRG; models have random weights."""
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -149,3 +150,14 @@ def test_radgraph_f1_is_symmetric(by_name: Reward) -> None:
     there = by_name.score(texts, [REFERENCE] * len(texts))
     assert by_name.score([REFERENCE] * len(texts), texts) == pytest.approx(there)
     assert len(set(there)) > 3
+
+
+def test_the_probes_pages_stand_in_for_radgraph_compares_words() -> None:
+    reward = load_reward(f"{Path(__file__).parents[2] / 'benchmarks' / 'radgraph_by_words.py'}:radgraph_by_words")
+    findings = check_contract(reward)
+    assert [finding.text for finding in findings if finding.kind == "wrong"] == []
+    own, reworded, denied = reward.score(
+        ["Cardiomegaly.", "The heart is enlarged.", "No cardiomegaly."], ["Cardiomegaly."] * 3
+    )
+    assert (own, reworded, denied) == (1, 0, 0)
+    assert load_reward("entity_f1").score(["The heart is enlarged."], ["Cardiomegaly."]) == [1]
