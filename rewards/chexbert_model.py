@@ -19,7 +19,7 @@ import numpy as np
 
 from unirg.scoring.contract import RewardError
 
-from .text_encoder import Encoder, Recent, fingerprint
+from .text_encoder import Encoder, Recent, fingerprint, for_inference
 
 CLASSES = (
     "Enlarged Cardiomediastinum",
@@ -123,7 +123,7 @@ def load_chexbert(model_folder: str | None, bert: str | None, device: str) -> Ch
         for part in ("weight", "bias")
     }
     limit = min(LIMIT, config.max_position_embeddings)
-    encoder = Encoder(model.float().eval().to(device), tokenizer, limit, device, fingerprint(checkpoint))
+    encoder = Encoder(for_inference(model.float(), device), tokenizer, limit, device, fingerprint(checkpoint))
     return CheXbert(encoder, heads["weight"], heads["bias"])
 
 

@@ -1,7 +1,7 @@
 """What the rewards that run a text encoder share: loading, forwards within a token budget, results kept by text.
 
 Everything runs in inference mode and float32. Texts are sorted by length, so that a forward pads little; the texts that
-share a forward change one another's vectors by rounding alone.
+share a forward change one another's vectors by rounding alone, and so does oneDNN.
 
 Shapes: B texts of one forward, T tokens, E hidden width.
 """
@@ -126,7 +126,15 @@ def load_encoder(name: str, layers: int, device: str) -> Encoder:
     positions = getattr(config, "max_position_embeddings", None)  # absent where positions are relative
     limit = min(tokenizer.model_max_length, positions - offset if positions else tokenizer.model_max_length)
     weights = str(getattr(config, "_commit_hash", None) or fingerprint(Path(name)))
-    return Encoder(model.eval().to(device), tokenizer, limit, device, weights)
+    return Encoder(for_inference(model, device), tokenizer, limit, device, weights)
+
+
+def for_inference(model: "torch.nn.Module", device: str) -> "torch.nn.Module":
+    """The model on `device`, dropout off; on a CPU its layers by oneDNN, in about half the time."""
+    from .onednn_linear import use_onednn
+
+    model = model.eval().to(device)
+    return use_onednn(model) if device == "cpu" else model
 
 
 def fingerprint(path: Path) -> str:

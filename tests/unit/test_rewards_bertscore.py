@@ -81,7 +81,8 @@ def test_official_edges_give_the_packages_value(options):
     reward = load_reward("bertscore", options | {"official_edges": True})
     scores = reward.score(candidates, references)
     assert scores[:3] == pytest.approx([-0.32 / 0.68] * 3)  # raw 0, rescaled with the baseline .32
-    assert scores[3:] == load_reward("bertscore", options).score(candidates[3:], references[3:])
+    alone = load_reward("bertscore", options).score(candidates[3:], references[3:])
+    assert scores[3:] == pytest.approx(alone, abs=1e-6)  # in another forward: rounding
     assert reward.identity["empty candidate"] == scores[0]
     # of the model that RadCliQ takes: what the package and its users print
     official = load_reward("bertscore", {"official_edges": True}).identity["empty candidate"]
