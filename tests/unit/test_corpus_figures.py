@@ -203,4 +203,5 @@ def test_score_sums_over_all_its_batches(
     assert (summary["Overlap.pooled"]["judged"], summary["Overlap.pooled"]["studies"]) == (2, 4)
     assert summary["Overlap.by_class"]["mean"] == pytest.approx((3 / 4 + 0 / 1) / 2)
     assert command.score(*files, f"{rewards}:Overlap", summary=True) == 0
-    assert "Overlap.by_class" in capsys.readouterr().out
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert lines == [["Overlap", "0.2500"], [".pooled", "0.6000"], [".by_class", "0.3750"]]

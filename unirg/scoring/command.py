@@ -141,7 +141,10 @@ def _print_summary(
     if as_json:
         print(json.dumps({"summary": figures}))
         return
-    print(f"\n{'reward':<24} {'mean':>8}   95% interval       judged")
+    print(f"\n{'reward':<24} {'value':>8}   95% interval       judged")
+    owner = ""
     for label, figure in figures.items():
         cells = ["-" if figure[key] is None else f"{figure[key]:.4f}" for key in ("mean", "low", "high")]
-        print(f"{label:<24} {cells[0]:>8}   [{cells[1]}, {cells[2]}]   {figure['judged']}/{figure['studies']}")
+        owner = label if label in collected else owner
+        shown = label if label == owner else f"  {label.removeprefix(owner)}"
+        print(f"{shown:<24} {cells[0]:>8}   [{cells[1]}, {cells[2]}]   {figure['judged']}/{figure['studies']}")
