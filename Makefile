@@ -45,13 +45,18 @@ test: check ## all checks and tests; tests of real reports skip where these cann
 # it needs. What cannot be had is skipped, and its tests say so.
 test-parity: install ## rewards beside the official packages, on the same random-weight archives
 	-$(MAKE) --no-print-directory .venv-parity/.installed
+	-$(MAKE) --no-print-directory .venv-parity/.alone
 	-$(MAKE) --no-print-directory .venv-radgraph/.installed
 	python=$(BIN)/python; test ! -e .venv-parity/.installed || python=.venv-parity/bin/python; \
-	UNIRG_RADGRAPH_PYTHON=$(CURDIR)/.venv-radgraph/bin/python OMP_NUM_THREADS=1 \
+	UNIRG_RADGRAPH_PYTHON=$(CURDIR)/.venv-radgraph/bin/python UNIRG_OPENI=$(OPENI) OMP_NUM_THREADS=1 \
 		$$python -m pytest -q -rs tests/parity_official
 
 .venv-parity/.installed: tests/parity_official/requirements.txt constraints-cpu.txt
 	$(call environment,.venv-parity) -c constraints-cpu.txt -e . pytest -r $<
+	touch $@
+
+.venv-parity/.alone: tests/parity_official/requirements-alone.txt .venv-parity/.installed
+	.venv-parity/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps -r $<
 	touch $@
 
 .venv-radgraph/.installed: tests/parity_official/requirements-radgraph.txt constraints-cpu.txt

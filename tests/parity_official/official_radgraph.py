@@ -1,8 +1,9 @@
-"""The official radgraph package in a process of its own: JSON in, JSON out, no import of this project.
+"""The official radgraph package, or RadEval's copy, in a process of its own: JSON in, JSON out.
 
     python official_radgraph.py < request.json > answer.json
 
-Request: `folder` (holds `<model>/`), `model`, and the lists `candidates` and `references`, none blank but for "".
+It imports nothing of this project. Request: `package` (`radgraph` or `radeval`), `folder` (holds `<model>/`), `model`,
+and the lists `candidates` and `references`, none blank but for "".
 Answer: `rewards`, the lists of simple, partial and complete; `candidates` and `references`, the annotations of the
 pairs in which neither report is ""; `cpu_seconds` of the scoring call; `versions`.
 """
@@ -34,7 +35,13 @@ def main() -> None:
     request = json.load(sys.stdin)
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(sys.stderr):  # the package prints
-        from radgraph import F1RadGraph
+        if request["package"] == "radeval":
+            import radeval
+
+            sys.modules["RadEval"] = radeval  # its modules import one another by this name
+            from radeval.metrics.radgraph import F1RadGraph
+        else:
+            from radgraph import F1RadGraph
 
         options = {"model_type": request["model"], "model_cache_dir": request["folder"], "cuda": -1}
         scorer = F1RadGraph(reward_level="all", **options)
@@ -42,7 +49,7 @@ def main() -> None:
         _, rewards, candidates, references = scorer(refs=request["references"], hyps=request["candidates"])
         seconds = time.process_time() - started
     answer = {"rewards": rewards, "candidates": candidates, "references": references, "cpu_seconds": seconds}
-    answer["versions"] = {name: version(name) for name in ("radgraph", "transformers", "torch")}
+    answer["versions"] = {name: version(name) for name in (request["package"], "transformers", "torch")}
     json.dump(answer, sys.stdout)
 
 

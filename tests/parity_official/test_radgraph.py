@@ -58,7 +58,13 @@ def official():
 
     def run(folder, model, candidates, references):
         script = Path(__file__).with_name("official_radgraph.py")
-        request = {"folder": str(folder), "model": model, "candidates": candidates, "references": references}
+        request = {
+            "package": "radgraph",
+            "folder": str(folder),
+            "model": model,
+            "candidates": candidates,
+            "references": references,
+        }
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [python, script], input=json.dumps(request), capture_output=True, text=True, env=environment
