@@ -342,6 +342,8 @@ def test_of_a_recipe_the_rewards_that_name_a_server_are_served(
         "no stage 'sft' with rewards; there are: a, b": [str(path), "--stage", "sft"],
         "no reward here names a server": [str(path), "stages.a.rewards=[{name: bleu}]", "--stage", "a"],
         "give a recipe, or --rewards": [],
+        "and --rewards has none": ["--rewards", "bleu", "--stage", "a"],
+        "--port 65536: expected 0": ["--rewards", "bleu", "--port", "65536"],
         "with a `server`, `worker: false` has no meaning": [
             str(path),
             'stages.a.rewards=[{name: bleu, worker: false, server: "http://a:1"}]',
@@ -361,5 +363,5 @@ def test_of_a_recipe_the_rewards_that_name_a_server_are_served(
             f'stages.a.rewards=[{{name: bleu, server: "{server}"}}]',
         ]
     for words, arguments in refused.items():
-        assert main(["rewards", "serve", *arguments, "--port", "0"]) == 2
+        assert main(["rewards", "serve", "--port", "0", *arguments]) == 2
         assert words in capsys.readouterr().err

@@ -35,6 +35,12 @@ def serve(
     """
     if (recipe is None) == (rewards is None):
         raise RewardError("unirg rewards serve: give a recipe, or --rewards")
+    if rewards is not None and (stage is not None or overrides):
+        raise RewardError(
+            "unirg rewards serve: --stage and KEY=VALUE say something of a recipe, and --rewards has none"
+        )
+    if not 0 <= port < 1 << 16:
+        raise RewardError(f"--port {port}: expected 0 (any that is free) to 65535")
     if rewards is not None:
         configs = served(parse_rewards(rewards))
     else:
