@@ -2,7 +2,6 @@
 
 import faulthandler
 import signal
-import sys
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -52,7 +51,7 @@ def within(seconds: float, what: str) -> Iterator[None]:
         raise _Hung(f"it hangs: {what} had no end in {seconds:g} seconds{where}; `--timeout` sets how long it may take")
 
     before = signal.signal(signal.SIGALRM, hung)
-    faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=2)  # stderr itself
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # and again each second, for code that catches whatever comes
     try:
         yield
