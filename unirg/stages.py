@@ -227,7 +227,9 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
                     run_folder.update_manifest(run, rewards={stage.name: engine.identities()})
                 evaluate = dev_evaluation(work, engines, engine)
                 images = max(len(prompt_images(study, recipe.prompt)) for study in studies)
-                sampler = open_sampler(recipe.rollout, policy, stage.sampling, images=images, ranks=world)
+                sampler = open_sampler(
+                    recipe.rollout, policy, stage.sampling, images=images, ranks=world, apart=stage.ahead
+                )
                 engines.callback(sampler.close)
                 run_grpo(work, sampler, engine, evaluate, reference)
     if unsharded is not None:

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -48,6 +48,18 @@ def build_optimiser(config: OptimiserConfig, named: Iterable[tuple[str, torch.nn
     )
 
 
+class Carried(Protocol):
+    """What a stage has under way between two steps, beside weights and optimiser."""
+
+    def state(self, step: int) -> Any:
+        """What a checkpoint after `step` steps keeps of it, as JSON. All ranks call it."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Goes on with what `state` gave."""
+        ...
+
+
 @dataclass
 class Steps:
     """A stage's steps: what is trained, how far it is, and what of it is on disk."""
@@ -59,6 +71,7 @@ class Steps:
     state: dict[str, Any]
     """What a checkpoint holds beside tensors. `unlogged`: the metrics of a step whose evaluation and log line are still
     to come; a stop between them and the step repeats them."""
+    carried: Carried | None = None
     on_disk: int = 0
     """The step of the newest checkpoint."""
     owed: bool = False
@@ -72,6 +85,8 @@ class Steps:
         if kept is not None:
             self.state |= kept
             self.on_disk = self.state["step"]
+            if self.carried is not None:
+                self.carried.restore(self.state["carried"])
             say(work.accelerator, work.stage.name, f"goes on from step {self.on_disk}")
         if work.accelerator.is_main_process:
             logged = self.on_disk - (self.state["unlogged"] is not None)
@@ -83,6 +98,8 @@ class Steps:
         try:
             with self.work.uninterrupted("checkpoint"):
                 keep = self.work.stage.keep_checkpoints
+                if self.carried is not None:
+                    self.state["carried"] = self.carried.state(self.state["step"])
                 checkpoint.save(
                     self.work.folder, self.state["step"], self.weights, self.optimiser, self.state, keep=keep
                 )
@@ -178,11 +195,12 @@ def optimise(
     *,
     evaluate: Callable[[], dict[str, float]] | None = None,
     boundary: int = 1,
+    carried: Carried | None = None,
 ) -> None:
     """Runs the stage's steps from where its folder left off: backward by `step_metrics`, clip, step, log, checkpoint.
 
     `boundary`: checkpoints fall on multiples of it (steps that share one batch of samples must not be parted).
-    With `keep: best` the weights of the best dev evaluation are the stage's result.
+    `carried` goes into them. With `keep: best` the weights of the best dev evaluation are the stage's result.
 
     Raises UserError for what the user can put right (a film that has become unreadable, a full disk, a loss that is no
     number) and signals.Stopped where a signal asks for it; the last whole step is then in a checkpoint. Signals wait
@@ -198,9 +216,10 @@ def optimise(
         "seconds": 0.0,
         "cpu_seconds": 0.0,
         "unlogged": None,
+        "carried": None,
     }
     state |= {"stage": stage.name, "world_size": work.accelerator.num_processes}
-    steps = Steps(work, weights, optimiser, boundary, state)
+    steps = Steps(work, weights, optimiser, boundary, state, carried)
     steps.resume()
     every = math.ceil(stage.checkpoint_every / boundary) * boundary
     try:

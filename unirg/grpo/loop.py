@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from unirg import run as run_folder
+from unirg.grpo.ahead import Ahead
 from unirg.grpo.choose import choose_forward, share_prompts
 from unirg.grpo.forward import AnswerScores, Forward, plan_forwards
 from unirg.grpo.loss import Normaliser, grpo_loss, sampler_correction, sampler_metrics
@@ -30,7 +31,7 @@ from unirg.grpo.monitors import monitors
 from unirg.grpo.rollouts import Group, collect_scores, judge_rollouts, prepare_scoring, sample_groups, without_scores
 from unirg.policy import EncodedPrompt, Policy, load_policy
 from unirg.recipe.schema import GrpoStage
-from unirg.rollout import Sampler
+from unirg.rollout import ApartSampler, Sampler
 from unirg.scoring.engine import ScoringEngine
 from unirg.steps import optimise
 from unirg.training import StageRun, Stopwatch
@@ -49,6 +50,10 @@ def run_grpo(
     held: dict[str, Any] = {}
     refusal = share_prompts(work, reference)
     monitor = monitors(work)
+    ahead: Ahead | None = None
+    if stage.ahead:
+        assert isinstance(sampler, ApartSampler)  # the recipe is refused where it is not
+        ahead = Ahead(work, sampler, engine)
 
     def step_metrics(step: int) -> dict[str, float]:
         watch = Stopwatch()
@@ -58,9 +63,14 @@ def run_grpo(
             studies = work.mine(work.step_studies(batch))
             if "groups" not in held:
                 prepare_scoring(engine, studies)
+            rollouts = ahead.take(batch, watch) if ahead is not None else None
             with work.together("weights"), watch("weights"):
                 sampler.sync_weights()
-            groups, submitted = sample_groups(work, sampler, engine, studies, watch, batch)
+            groups, submitted = rollouts or sample_groups(work, sampler, engine, studies, watch, batch)
+            last = step + stage.iterations >= stage.steps
+            if ahead is not None and not last:
+                with work.together("sampling"):
+                    ahead.start(batch + 1)
             if "forward" not in held:
                 answers = [[sample.ids for sample in group.samples] for group in groups]
                 with watch("self-check"):
@@ -73,13 +83,24 @@ def run_grpo(
             held["unscored"] = without_scores(work, held["metrics"], batch, held.get("unscored", 0))
             held["groups"] = groups
             held["metrics"] |= monitor(groups, batch)
-            if step + stage.iterations < stage.steps:
+            if not last:
                 prepare_scoring(engine, work.mine(work.step_studies(batch + 1)))
         metrics = {k: v for k, v in held["metrics"].items() if iteration == 0 or not k.startswith("time/")}
         metrics |= update(work, held["groups"], held["normaliser"], held["forward"], reference, watch, first)
         return metrics | watch.metrics()
 
-    optimise(work, work.policy.model, step_metrics, evaluate=evaluate, boundary=stage.iterations)
+    if ahead is None:
+        optimise(work, work.policy.model, step_metrics, evaluate=evaluate, boundary=stage.iterations)
+        return
+
+    def evaluate_alone() -> dict[str, float]:
+        assert evaluate is not None
+        ahead.wait()  # one tokenizer does not serve two threads
+        return evaluate()
+
+    evaluate_then = None if evaluate is None else evaluate_alone
+    optimise(work, work.policy.model, step_metrics, evaluate=evaluate_then, boundary=stage.iterations, carried=ahead)
+    ahead.end()
 
 
 Micro = list[tuple[Group, list[int]]]

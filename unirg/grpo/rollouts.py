@@ -4,6 +4,7 @@ Shapes: S studies of a rank, G reports per study, N = S * G over all ranks.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +51,9 @@ UNSCORED = 3
 Submitted = list[tuple[int, list[tuple[Group, int]]]]
 """Handles of scores, each with the groups and indices of the reports in its batch."""
 
+Rollouts = tuple[list[Group], Submitted]
+"""A batch of a rank that has been sampled and submitted."""
+
 AT_ONCE = 32
 """Reports are submitted as they are finished, at least so many at a time: models score in batches."""
 
@@ -62,22 +66,37 @@ def sample_groups(
     watch: Stopwatch,
     batch: int,
     attempt: int = 0,
-) -> tuple[list[Group], Submitted]:
-    """Samples G reports for each study, and submits them as they are finished: workers score the short ones while the
-    long ones are sampled. Where a reward compares a study's reports, all are submitted at the end.
+) -> Rollouts:
+    """Samples G reports for each study, and submits them (see `begin_sampling`)."""
+    sample = begin_sampling(work, sampler.sample, engine, studies, batch, attempt)
+    with work.together("sampling"), watch("sampling"):
+        return sample()
+
+
+def begin_sampling(
+    work: StageRun,
+    draw: Callable[..., Sequence[list[Sample] | None]],
+    engine: ScoringEngine,
+    studies: list[Study],
+    batch: int,
+    attempt: int = 0,
+) -> Callable[[], Rollouts]:
+    """Reads the studies; what it returns has `draw`, a sampler's `sample` or `attempt`, sample G reports for each, and
+    submits them as they are finished: workers score the short ones while the long ones are sampled. Where a reward
+    compares a study's reports, all are submitted at the end. Studies that were left out have no samples.
 
     Seeds follow from run, step, study and sample, not from rank or batch shape. Of several ranks each calls this as
     often as the others, with no studies if it has none: engines may need all of them.
     """
     stage: GrpoStage = work.stage
     seeds = [[work.seed("sample", batch, attempt, s.id, g) for g in range(stage.group_size)] for s in studies]
+    groups = [Group(study, prompt, []) for study, prompt in zip(studies, work.encode(studies), strict=True)]
     submitted: Submitted = []
     ready: list[tuple[int, int, Sample]] = []
 
     def submit() -> None:
         ready.sort(key=lambda report: report[:2])  # a study's reports side by side
-        handle = engine.submit(score_batch([(groups[i].study, sample) for i, _, sample in ready]))
-        submitted.append((handle, [(groups[i], g) for i, g, _ in ready]))
+        submitted.append(submit_reports(engine, [(groups[i], g, sample) for i, g, sample in ready]))
         ready.clear()
 
     def finished(i: int, g: int, sample: Sample) -> None:
@@ -85,20 +104,36 @@ def sample_groups(
         if len(ready) >= AT_ONCE and not engine.compares:
             submit()
 
-    groups = [Group(study, prompt, []) for study, prompt in zip(studies, work.encode(studies), strict=True)]
-    with work.together("sampling"), watch("sampling"), work.accelerator.autocast():
-        sampled = sampler.sample(
-            [group.prompt for group in groups],
-            seeds,
-            temperature=stage.sampling.temperature,
-            max_new_tokens=stage.sampling.max_new_tokens,
-            finished=finished,
-        )
-    if ready:
-        submit()
-    for group, samples in zip(groups, sampled, strict=True):
-        group.samples = samples
-    return groups, submitted
+    def sample() -> Rollouts:
+        with work.accelerator.autocast():
+            sampled = draw(
+                [group.prompt for group in groups],
+                seeds,
+                temperature=stage.sampling.temperature,
+                max_new_tokens=stage.sampling.max_new_tokens,
+                finished=finished,
+            )
+        if ready:
+            submit()
+        for group, samples in zip(groups, sampled, strict=True):
+            group.samples = samples or []
+        return groups, submitted
+
+    return sample
+
+
+def submit_reports(
+    engine: ScoringEngine, reports: list[tuple[Group, int, Sample]]
+) -> tuple[int, list[tuple[Group, int]]]:
+    """Submits reports, given with their groups and indices in them."""
+    handle = engine.submit(score_batch([(group.study, sample) for group, _, sample in reports]))
+    return handle, [(group, g) for group, g, _ in reports]
+
+
+def submit_all(engine: ScoringEngine, groups: list[Group]) -> Submitted:
+    """Submits every report of groups that are sampled."""
+    reports = [(group, g, sample) for group in groups for g, sample in enumerate(group.samples)]
+    return [submit_reports(engine, reports)] if reports else []
 
 
 def collect_scores(engine: ScoringEngine, submitted: Submitted, watch: Stopwatch) -> None:

@@ -137,6 +137,10 @@ class GrpoStage(StageConfig):
     one is split; a prompt with one report is never split, and may be over."""
     iterations: int = Field(1, gt=0)
     """Optimiser steps on each batch of samples (mu); 1 is on-policy."""
+    ahead: bool = False
+    """Sample each batch while the one before it is trained, and so with the weights of one update earlier; the loss
+    weighs for it (`loss.correction`). It wants a sampler beside the trainer: `rollout.vllm.mode: server`, or the
+    Hugging Face engine, which then holds a copy of the policy."""
     mask_truncated: bool = False
     """Leave reports that hit the length limit out of the loss."""
     resample: int = Field(0, ge=0)
@@ -148,6 +152,14 @@ class GrpoStage(StageConfig):
     def _parts_fit(self) -> "GrpoStage":
         if self.train_on is not None and self.train_on > self.group_size:
             raise ValueError(f"stage '{self.name}': train_on {self.train_on} is more than group_size {self.group_size}")
+        if self.ahead and self.loss.correction == "none":
+            raise ValueError(
+                f"stage '{self.name}': ahead samples with older weights; set loss.correction to weigh for it"
+            )
+        if self.ahead and self.resample:
+            raise ValueError(
+                f"stage '{self.name}': resample asks for more reports while ahead samples the next batch's"
+            )
         if not any(reward.weight for reward in self.rewards):
             raise ValueError(f"stage '{self.name}': every reward has weight 0; give at least one a weight")
         watched = self.monitors.warn.agreement is not None or self.monitors.stop.agreement is not None
@@ -209,6 +221,18 @@ class Recipe(Section):
             earlier.append(stage.name)
         if self.evaluation.baseline is not None and self.evaluation.baseline not in earlier:
             raise ValueError(f"evaluation.baseline names '{self.evaluation.baseline}', which is no stage ({earlier})")
+        for stage in self.stages:
+            if isinstance(stage, GrpoStage) and stage.ahead:
+                if self.rollout.engine == "vllm" and self.rollout.vllm.mode == "colocate":
+                    raise ValueError(
+                        f"stage '{stage.name}': ahead samples while the policy is trained, and a colocated "
+                        "vLLM takes turns with it; take rollout.vllm.mode: server"
+                    )
+                if self.rollout.engine == "hf" and self.distributed.strategy == "fsdp2":
+                    raise ValueError(
+                        f"stage '{stage.name}': ahead has the Hugging Face engine sample with a copy of the "
+                        "policy, which is not sharded; take vLLM servers, or distributed.strategy: ddp"
+                    )
         writing = [stage.name for stage in self.stages if not isinstance(stage, VisionStage)]
         for name in self.evaluation.stages or ():
             if name not in writing:

@@ -1,6 +1,7 @@
 """Rollouts: sampling G reports per study from the policy, behind one `Sampler` interface whatever engine does it."""
 
 from unirg.rollout.sampler import (
+    ApartSampler,
     GeneratedReport,
     RolloutConfig,
     Sample,
@@ -12,6 +13,7 @@ from unirg.rollout.sampler import (
 )
 
 __all__ = [
+    "ApartSampler",
     "GeneratedReport",
     "RolloutConfig",
     "Sample",

@@ -3,7 +3,9 @@
 Shapes: B prompts, P padded prompt length, N rows still decoding, V vocabulary.
 """
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -155,6 +157,25 @@ class HFSampler:
             threshold_N1 = torch.from_numpy(uniform_N).to(cdf_NV)[:, None] * cdf_NV[:, -1:]
             token_N = torch.searchsorted(cdf_NV, threshold_N1, right=True)[:, 0].clamp(max=cdf_NV.shape[1] - 1)
         return token_N, logps_NV.gather(1, token_N[:, None])[:, 0]
+
+
+class CopySampler(HFSampler):
+    """Samples with a copy of the policy, which may be trained meanwhile: weights change in the copy where they are
+    asked for, and a thread of its own may sample."""
+
+    def __init__(self, policy: Policy, rows_per_forward: int = 512) -> None:
+        self.trained = policy.model
+        model, processor = copy.deepcopy(policy.model), copy.deepcopy(policy.processor)
+        super().__init__(replace(policy, model=model, processor=processor), rows_per_forward)
+
+    @torch.no_grad()
+    def sync_weights(self) -> None:
+        """Copies the weights that can have changed."""
+        for own, trained in zip(self.policy.model.parameters(), self.trained.parameters(), strict=True):
+            if trained.requires_grad:
+                own.copy_(trained)
+
+    attempt = HFSampler.sample
 
 
 def _shifted(finished: Callable[[int, int, Sample], None], first: int) -> Callable[[int, int, Sample], None]:

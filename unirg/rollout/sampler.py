@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -120,6 +120,24 @@ class Sampler(Protocol):
         ...
 
 
+@runtime_checkable
+class ApartSampler(Sampler, Protocol):
+    """An engine with weights of its own, that can sample while the policy is trained."""
+
+    def attempt(
+        self,
+        prompts: "Sequence[EncodedPrompt]",
+        seeds: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        finished: Callable[[int, int, Sample], None] | None = None,
+    ) -> Sequence[list[Sample] | None]:
+        """As `sample`, in any thread, and on one rank without the others; None for a prompt that the engine could not
+        serve, which `sample` may then be asked for."""
+        ...
+
+
 def request_seed(*parts: object) -> int:
     """A 63-bit seed that follows from `parts` alone (run seed, stage, step, study, sample): the same on any rank and
     after any resume."""
@@ -128,17 +146,23 @@ def request_seed(*parts: object) -> int:
 
 
 def open_sampler(
-    config: RolloutConfig, policy: "Policy", sampling: SamplingConfig, *, images: int, ranks: int = 1
+    config: RolloutConfig,
+    policy: "Policy",
+    sampling: SamplingConfig,
+    *,
+    images: int,
+    ranks: int = 1,
+    apart: bool = False,
 ) -> Sampler:
     """The engine that `config` asks for, at work on `policy` until it is closed. `images` is the most that a prompt
-    holds, `ranks` how many processes open an engine.
+    holds, `ranks` how many processes open an engine. `apart`: it samples while the policy is trained.
 
     Raises UserError where the engine is not installed.
     """
     if config.engine == "hf":
-        from unirg.rollout.hf import HFSampler
+        from unirg.rollout.hf import CopySampler, HFSampler
 
-        return HFSampler(policy, sampling.rows_per_forward)
+        return (CopySampler if apart else HFSampler)(policy, sampling.rows_per_forward)
     if config.vllm.mode == "server":
         from unirg.rollout.vllm_server import ServerSampler
 

@@ -282,6 +282,28 @@ class ServerSampler:
             pause = min(2 * pause, PAUSE)
             self._push()
 
+    def attempt(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        seeds: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        finished: Callable[[int, int, Sample], None] | None = None,
+    ) -> Sequence[list[Sample] | None]:
+        """See `ApartSampler.attempt`: one try, since weights can be pushed by all ranks together only."""
+        parameters = [sampling_parameters(self.policy, own, temperature, max_new_tokens) for own in seeds]
+        groups: dict[int, list[Sample]] = {}
+
+        def keep(i: int, samples: list[Sample]) -> None:
+            groups[i] = samples
+            for g, sample in enumerate(samples if finished is not None else ()):
+                finished(i, g, sample)  # type: ignore[misc]
+
+        if (refusal := self._round(prompts, parameters, range(len(prompts)), keep)) is not None:
+            raise UserError(refusal)
+        return [groups.get(i) for i in range(len(prompts))]
+
     def _who_waits(self, waiting: list[str], seconds: float) -> str:
         servers = "; ".join(f"{url} ({why})" for url, why in self.away.items())
         more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""

@@ -103,7 +103,7 @@ class ScoringEngine:
                 self._prepared.append((label, call))
 
     def submit(self, batch: ScoreBatch) -> int:
-        """Hand over a batch; the answer is the handle to collect its scores with.
+        """Hand over a batch; the answer is the handle to collect its scores with. Any thread may call it.
 
         Raises RewardError where a reward's reference column does not exist.
         """
