@@ -179,7 +179,7 @@ def timeline() -> list[str]:
             if start < end and stop > begin:
                 places = [int((at - begin) / (end - begin) * COLUMNS) for at in (max(start, begin), min(stop, end))]
                 for column in range(places[0], max(places[0] + 1, places[1])):
-                    drawn[min(column, COLUMNS - 1)] = letters[what]
+                    drawn[min(column, COLUMNS - 1)] = letters.get(what, ".")
         return "".join(drawn)
 
     phases = {"sampling": "S", "scoring": "w", "self-check": "c", "logps": "F", "loss": "F", "backward": "B"}
