@@ -19,7 +19,7 @@ from unirg.scoring.contract import RewardError
 
 from .ratescore_sentences import SPLITTERS, Cut, load_splitter
 from .ratescore_weights import TYPES
-from .text_encoder import Encoder, Recent, fingerprint
+from .text_encoder import Encoder, Recent, fingerprint, for_inference
 
 SENTENCE_TOKENS = 512
 STRING_TOKENS = 30
@@ -151,8 +151,6 @@ def _load(kind: str, name: str, device: str) -> Encoder:
     import torch
     import transformers
 
-    from .onednn_linear import use_onednn
-
     try:
         model, found = getattr(transformers, kind).from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -167,11 +165,9 @@ def _load(kind: str, name: str, device: str) -> Encoder:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise RewardError(f"{name} lacks {len(missing)} weights of its own configuration: {shown}")
     weights = str(getattr(model.config, "_commit_hash", None) or fingerprint(Path(name)))
-    model = model.eval().to(device)
+    model = for_inference(model, device)
     if model.config.model_type == "deberta-v2" and model.config.relative_attention:
         _narrow_positions(model.deberta.encoder)
-    if device == "cpu":
-        model = use_onednn(model)
     return Encoder(model, tokenizer, tokenizer.model_max_length, device, weights)
 
 
