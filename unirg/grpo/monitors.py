@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from unirg.errors import UserError
 from unirg.extraction import extract, is_normal
 from unirg.section import Section
 
@@ -101,10 +100,10 @@ def crossed(metrics: Mapping[str, float], limits: Limits) -> dict[str, str]:
 
 def monitors(work: "StageRun") -> "Callable[[Sequence[Group], int], dict[str, float]]":
     """A function of this rank's scored groups and the batch's number (from 0) that returns the metrics over all ranks,
-    tells what crosses a `warn` limit, and raises UserError where a `stop` limit is crossed."""
+    tells what crosses a `warn` limit, and raises RanksStop where a `stop` limit is crossed."""
     from unirg import run as run_folder
     from unirg.prompt import report_text
-    from unirg.training import say
+    from unirg.training import RanksStop, say
 
     config: MonitorConfig = work.stage.monitors
     held_out = [reward.log_label for reward in work.stage.rewards if reward.weight == 0]
@@ -129,7 +128,7 @@ def monitors(work: "StageRun") -> "Callable[[Sequence[Group], int], dict[str, fl
                 metrics[f"monitor/agreement/{label}"] = value
         at = f"batch {batch + 1}"
         if found := crossed(metrics, config.stop):
-            raise UserError(
+            raise RanksStop(
                 f"stage {work.stage.name}, {at}: stopped, as monitors.stop says: {'; '.join(found.values())}. Look at "
                 f"{work.run / 'rollouts' / work.stage.name}; checkpoints are intact"
             )
