@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# A run on this node, or this node's part of a run on several.
+#
+#   recipes/launch/torchrun.sh recipes/x.yaml key=value ...                                     one node
+#   NODES=4 NODE=0 HEAD=node1 recipes/launch/torchrun.sh recipes/x.yaml key=value ...           on each of four
+#
+# NODE: this one's number, from 0; HEAD: number 0, by a name or address that all reach it by; PORT there. All nodes see
+# the same recipe, data and output folder. GPUS: ranks on this node, by default one for each GPU, or one.
+# RESTARTS (one node): how often the ranks are started again, from the last checkpoint, where one of them fails.
+#
+# SIGUSR1 or SIGTERM, to this script on any of the nodes: all ranks stop together, with a checkpoint, and the same command
+# goes on from it. The signal goes to the ranks themselves: torchrun would die of SIGUSR1, and after SIGTERM it would
+# leave them 30 seconds.
+set -uo pipefail
+gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+((gpus > 0)) || gpus=1
+if [ "${NODES:-1}" = 1 ]; then
+    where=(--standalone --max-restarts "${RESTARTS:-0}")
+else
+    where=(--nnodes "$NODES" --node-rank "${NODE:-${SLURM_PROCID:?NODE, the number of this node, from 0}}")
+    where+=(--master-addr "${HEAD:?the name or address of node 0}" --master-port "${PORT:-29400}")
+fi
+asked=''
+trap 'asked=USR1' USR1
+trap 'asked=TERM' TERM
+"${PYTHON:-python}" -m torch.distributed.run "${where[@]}" --nproc-per-node "$gpus" -m unirg train "$@" &
+torchrun=$!
+while kill -0 "$torchrun" 2>/dev/null; do
+    if [ -z "$asked" ]; then
+        wait "$torchrun" # until it ends, or a signal comes
+    else
+        ranks=$(pgrep -P "$torchrun")
+        while [ -n "$ranks" ]; do
+            # Again and again: those that have only just started may not have heard it.
+            # shellcheck disable=SC2086 # a list of numbers
+            kill "-$asked" $ranks 2>/dev/null || break
+            sleep 1
+        done
+        kill -TERM "$torchrun" 2>/dev/null # or it would start the ranks again, where it may
+        wait "$torchrun"
+    fi
+done
+wait "$torchrun"
+status=$?
+[ -z "$asked" ] || status=$((128 + $(kill -l "$asked")))
+exit "$status"

@@ -1,0 +1,142 @@
+"""Two hosts train, a third serves the rewards: the same run as one process makes, whatever happens on the way."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.invariant import test_trajectories as trajectories
+from tests.nodes import HOST, Node, cluster
+from unirg import run as run_folder
+
+pytestmark = pytest.mark.skipif("UNIRG_MULTINODE" not in os.environ, reason="takes minutes: make test-multinode")
+TOKEN = {"UNIRG_REWARDS_TOKEN": "between-these-hosts"}
+
+
+@pytest.fixture
+def nodes() -> Iterator[list[Node]]:
+    with cluster(3) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = trajectories.start(tmp_path_factory.mktemp("alone"), "run")
+    trajectories.run_stages(run)
+    return run
+
+
+def serve(node: Node, run: Path) -> "subprocess.Popen[str]":
+    """The rewards of the run's recipe, served by the node; ready."""
+    command = ["-m", "unirg", "rewards", "serve", str(run / "recipe.yaml"), "--host", node.address]
+    server = node.start([sys.executable, *command], run.parent, TOKEN)
+    assert server.stdout is not None
+    said = []
+    for line in server.stdout:
+        said.append(line)
+        if "ready at" in line:
+            return server
+    raise AssertionError("".join(said))
+
+
+def launch(nodes: Sequence[Node], run: Path) -> list["subprocess.Popen[str]"]:
+    """The run's part on each node, one rank each, as a user without a scheduler starts it."""
+    script = Path(__file__).parents[2] / "recipes/launch/torchrun.sh"
+    where = TOKEN | {"NODES": str(len(nodes)), "HEAD": nodes[0].address, "GPUS": "1", "PYTHON": sys.executable}
+    return [
+        node.start([str(script), str(run / "recipe.yaml")], run.parent, where | {"NODE": str(i)})
+        for i, node in enumerate(nodes)
+    ]
+
+
+def wait_for(stage: Path, steps: int, processes: Sequence["subprocess.Popen[str]"]) -> None:
+    """Waits until the stage has made so many steps."""
+    deadline = time.monotonic() + 300
+    while len(run_folder.read_metrics(stage)) < steps:
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def served(tmp_path: Path, node: Node, *overrides: str) -> Path:
+    reward = f"[{{name: 'tests_reward.py:closeness', server: 'http://{node.address}:8100'}}]"
+    return trajectories.start(tmp_path, "run", f"stages.grpo.rewards={reward}", *overrides)
+
+
+def test_two_nodes_train_as_one_process(nodes: list[Node], alone: Path, tmp_path: Path) -> None:
+    run = served(tmp_path, nodes[2], "distributed.strategy=fsdp2")
+    server = serve(nodes[2], run)
+    try:
+        for trainer in launch(nodes[:2], run):
+            said = trainer.communicate(timeout=400)[0]
+            assert trainer.returncode == 0, said
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+    trajectories.assert_same(run, alone, 2e-3)  # sums in another order, as of two ranks on one host
+    for rank in (0, 1):
+        assert (run / f"rollouts/grpo/step-000004-rank{rank}.parquet").exists()
+
+
+SRUN = """#!/usr/bin/env bash
+# Starts a command on hosts, passes signals on, ends with the largest status: what the script needs of SLURM's own.
+while [[ $1 == --* ]]; do
+    [ "$1" != --nodelist ] || list=$2
+    shift 2
+done
+tasks=() status=0
+for address in ${list//,/ }; do
+    SLURM_PROCID=${#tasks[@]} ip netns exec "$HOSTS-$((${address##*.} - 1))" "$@" &
+    tasks+=($!)
+done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+trap 'kill -TERM "${tasks[@]}"' TERM
+for task in "${tasks[@]}"; do
+    while kill -0 "$task" 2>/dev/null; do wait "$task"; done
+    wait "$task" || { s=$?; ((s > status)) && status=$s; }
+done
+exit "$status"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = requeue ]; then echo "$2" >>requeued; else tr , '\\n' <<<"$3"; fi
+"""
+
+
+def test_a_slurm_job_goes_on_after_its_time_is_up(nodes: list[Node], alone: Path, tmp_path: Path) -> None:
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    root = Path(__file__).parents[2]
+    run = trajectories.start(tmp_path, "run")
+    reward = "[{name: 'tests_reward.py:closeness', server: 'http://${oc.env:UNIRG_REWARDS_HOST}:8100'}]"
+    command = [str(root / "recipes/launch/slurm.sbatch"), str(tmp_path / "run.yaml"), f"stages.grpo.rewards={reward}"]
+    shutil.rmtree(run)
+    job = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "HOSTS": nodes[0].name.rpartition("-")[0],
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": ",".join(node.address for node in nodes),
+        "SLURM_SUBMIT_DIR": str(root),
+        "SLURM_GPUS_ON_NODE": "1",
+        "REWARDS": "1",
+        "PYTHON": sys.executable,
+    }
+    settings = {"cwd": tmp_path, "env": os.environ | HOST | job, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    first = subprocess.Popen(command, text=True, **settings)
+    wait_for(run / "stages/sft", 3, [first])
+    first.send_signal(signal.SIGUSR1)
+    said = first.communicate(timeout=200)[0]
+    assert first.returncode == 0 and (tmp_path / "requeued").read_text() == "7\n", said
+    assert "stopped by SIGUSR1: the same command goes on from step" in said
+    assert not run_folder.final_folder(run, "grpo").exists()
+    second = subprocess.run(command, text=True, timeout=400, check=False, **settings)
+    assert second.returncode == 0 and "goes on from step" in second.stdout, second.stdout
+    trajectories.assert_same(run, alone, 2e-3)
+    assert (tmp_path / "requeued").read_text() == "7\n"
