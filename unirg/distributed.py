@@ -35,8 +35,8 @@ class DistributedConfig(Section):
     """ddp: each rank holds all weights. fsdp2: weights, gradients and optimiser state are sharded over the ranks; while
     the Hugging Face engine samples, each rank holds all weights."""
     timeout: float = Field(1800.0, gt=0)
-    """Seconds that ranks wait for each other in one operation before the run ends with an error. Rewards and evaluation
-    on one rank happen while others wait."""
+    """Seconds that a rank may be in one part of a step (sampling, scoring, an evaluation) before the run ends with a
+    line that names the ranks that are behind and those that wait for them."""
 
 
 def distribute(

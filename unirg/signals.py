@@ -54,6 +54,7 @@ def handled() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _asked, _at_once = 0, True
 
 
 def asked() -> int:
@@ -61,13 +62,14 @@ def asked() -> int:
     return _asked
 
 
-def at_once(allowed: bool) -> None:
+def at_once(allowed: bool) -> bool:
     """Whether a signal stops what runs, wherever it is, by raising Stopped; or waits until someone looks (`asked`). One
-    that waited is raised here."""
+    that waited is raised here. Returns what was allowed before."""
     global _at_once
-    _at_once = allowed
+    before, _at_once = _at_once, allowed
     if allowed and _asked:
         raise Stopped(_asked)
+    return before
 
 
 def end_with_parent() -> None:

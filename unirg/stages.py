@@ -175,7 +175,8 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
         cpu=not torch.cuda.is_available(),
         log_with=list(recipe.trackers) or None,
         project_dir=str(run / "trackers" / stage.name),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.distributed.timeout))],
+        # Later than the watchdog, which can say who is waited for.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2 * recipe.distributed.timeout))],
     )
     world = accelerator.num_processes
     check_shares(stage, world)

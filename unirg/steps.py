@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
-from unirg import checkpoint, signals
+from unirg import checkpoint, signals, watchdog
 from unirg import run as run_folder
 from unirg.distributed import sum_gradients
 from unirg.errors import UserError
@@ -72,6 +72,7 @@ class Steps:
     """What a checkpoint holds beside tensors. `unlogged`: the metrics of a step whose evaluation and log line are still
     to come; a stop between them and the step repeats them."""
     carried: Carried | None = None
+    """What goes into checkpoints beside these."""
     on_disk: int = 0
     """The step of the newest checkpoint."""
     owed: bool = False
@@ -93,6 +94,28 @@ class Steps:
             if lost := logged - run_folder.forget_metrics_after(folder, logged):
                 work.warn(f"{folder / 'metrics.jsonl'}: damaged; the figures of {lost} steps are lost")
 
+    def run(
+        self, step_metrics: Callable[[int], dict[str, float]], evaluate: Callable[[], dict[str, float]] | None
+    ) -> None:
+        """All steps from here; signals wait from the last one's end."""
+        work, stage, state = self.work, self.work.stage, self.state
+        every = math.ceil(stage.checkpoint_every / self.boundary) * self.boundary
+        try:
+            signals.at_once(work.accelerator.num_processes == 1)  # ranks stop together, where all of them meet
+            if state["unlogged"] is not None:
+                self.close(evaluate)
+            for step in range(state["step"], stage.steps):
+                self.train(step, step_metrics)
+                self.close(evaluate)
+                due = state["step"] % every == 0 or (self.owed and work.stoppable)
+                if due and state["step"] < stage.steps:
+                    self.save()
+                work.meet("step")
+            signals.at_once(False)
+        except (signals.Stopped, UserError) as error:
+            self.stop(error)
+            raise
+
     def save(self) -> None:
         """A checkpoint; where the disk does not take it, that is told, and it is owed."""
         try:
@@ -111,6 +134,7 @@ class Steps:
     def train(self, step: int, step_metrics: Callable[[int], dict[str, float]]) -> None:
         """One step. A stop changes nothing of it: weights, optimiser and state change in the last lines, at once."""
         work, config = self.work, self.work.stage.optimiser
+        watchdog.comes_to("start", step=f"step {step + 1} of stage {work.stage.name}")
         started, cpu_started = time.perf_counter(), time.process_time()
         rate = learning_rate(config, step, work.stage.steps)
         for group in self.optimiser.param_groups:
@@ -139,6 +163,7 @@ class Steps:
             self.state["cpu_seconds"] += cpu_seconds
             self.state["unlogged"] = metrics
             work.stoppable = self.state["step"] % self.boundary == 0
+        signals.at_once(work.accelerator.num_processes == 1 and work.stoppable)
 
     def close(self, evaluate: Callable[[], dict[str, float]] | None) -> None:
         """The made step's evaluation and its line in the log."""
@@ -209,36 +234,15 @@ def optimise(
     stage: StageConfig = work.stage
     optimiser = build_optimiser(stage.optimiser, trainable.named_parameters())
     weights = {name: p for name, p in trainable.named_parameters() if p.requires_grad}
-    state: dict[str, Any] = {
-        "step": 0,
-        "best": None,
-        "best_step": None,
-        "seconds": 0.0,
-        "cpu_seconds": 0.0,
-        "unlogged": None,
-        "carried": None,
-    }
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0}
+    state |= dict.fromkeys(("best", "best_step", "unlogged", "carried"))
     state |= {"stage": stage.name, "world_size": work.accelerator.num_processes}
     steps = Steps(work, weights, optimiser, boundary, state, carried)
-    steps.resume()
-    every = math.ceil(stage.checkpoint_every / boundary) * boundary
-    try:
-        signals.at_once(work.accelerator.num_processes == 1)  # ranks stop together, where all of them meet
-        if state["unlogged"] is not None:
-            steps.close(evaluate)
-        for step in range(state["step"], stage.steps):
-            steps.train(step, step_metrics)
-            steps.close(evaluate)
-            due = state["step"] % every == 0 or (steps.owed and work.stoppable)
-            if due and state["step"] < stage.steps:
-                steps.save()
-            work.meet("step")
-        signals.at_once(False)
-    except (signals.Stopped, UserError) as error:
-        steps.stop(error)
-        raise
-    if state["best_step"] is not None:
-        checkpoint.load(work.folder / "best", weights, None, step=state["best_step"], warn=work.warn)
+    with watchdog.watching(work.recipe.distributed.timeout):
+        steps.resume()
+        steps.run(step_metrics, evaluate)
+        if state["best_step"] is not None:
+            checkpoint.load(work.folder / "best", weights, None, step=state["best_step"], warn=work.warn)
     if work.accelerator.is_main_process:
         run_folder.update_manifest(
             work.run, stages={stage.name: {k: state[k] for k in ("step", "best", "seconds", "cpu_seconds")}}

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.markup import escape
 
-from unirg import ranks, signals
+from unirg import ranks, signals, watchdog
 from unirg import run as run_folder
 from unirg.errors import UserError
 from unirg.policy import EncodedPrompt, Policy
@@ -102,6 +102,7 @@ class StageRun:
         Raises signals.Stopped where any was asked to stop (except between steps that share a batch), and where any
         brings a `failure`, that one, or on several ranks RanksStop with all of them.
         """
+        watchdog.comes_to(phase, waits=True)
         asked = signals.asked() if self.stoppable else 0
         if self.accelerator.num_processes > 1:
             asked = ranks.largest(FAILED if failure else asked)
@@ -111,11 +112,13 @@ class StageRun:
             raise failure
         if asked:
             raise signals.Stopped(asked)
+        watchdog.comes_to(phase)
 
     @contextmanager
     def together(self, phase: str) -> Iterator[None]:
         """A part of a step that may fail on one rank alone, by a study, a reward or a disk: then all stop, at its end.
         All ranks enter it, equally often, and none needs another within it."""
+        watchdog.comes_to(phase)
         failure: UserError | None = None
         try:
             yield
@@ -126,21 +129,22 @@ class StageRun:
                 raise
             failure = UserError(f"stage {self.stage.name}: a file cannot be written or read ({error})")
             failure.__cause__ = error
-        self.meet(phase, failure)
+        self.meet(f"what follows {phase}", failure)
 
     @contextmanager
     def uninterrupted(self, phase: str) -> Iterator[None]:
-        """What is whole or not there: a signal waits for its end, and for the place where ranks meet."""
-        signals.at_once(False)
+        """What is whole or not there: a signal waits for its end."""
+        watchdog.comes_to(phase)
+        before = signals.at_once(False)
         try:
             yield
         finally:
-            signals.at_once(self.accelerator.num_processes == 1 and self.stoppable)
+            signals.at_once(before)
 
     def encode(self, studies: Sequence[Study]) -> list[EncodedPrompt]:
         """The prompts of this rank's studies. A film that has become unreadable since the run began stops all ranks, by
         name: to leave its study out would be another run."""
-        with self.together("forward"):
+        with self.together("reading films"):
             return [self.policy.encode(study) for study in studies]
 
     def backward(self, loss: torch.Tensor) -> None:

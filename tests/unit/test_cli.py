@@ -13,6 +13,7 @@ import pytest
 import unirg
 from unirg.cli import main
 from unirg.errors import UserError
+from unirg.signals import Stopped
 
 ROOT = Path(unirg.__file__).parents[1]
 
@@ -100,6 +101,12 @@ def test_other_errors_keep_their_traceback(monkeypatch) -> None:
     monkeypatch.setattr("unirg.stages.train", raising(ValueError("a fault of ours")))
     with pytest.raises(ValueError, match="a fault of ours"):
         main(["train", "r.yaml"])
+
+
+def test_stopped_training_says_how_to_go_on(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("unirg.stages.train", raising(Stopped(15)))
+    assert main(["train", "r.yaml"]) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM: the same command goes on from the last checkpoint\n"
 
 
 def test_interrupted_training_says_how_to_go_on(monkeypatch, capsys) -> None:

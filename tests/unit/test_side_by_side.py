@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from unirg import stages
+from unirg import signals, stages
 from unirg.recipe.load import load_recipe
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_run_ends_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int):
+def test_a_signal_to_the_run_goes_to_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int):
     recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "demo.yaml")
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
@@ -26,11 +26,10 @@ def test_a_signal_to_the_run_ends_its_stages(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(subprocess, "Popen", sleeper)
     # Where the tests themselves run in the background of a script, Ctrl-C is ignored, as it is for any such process.
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    handler = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with signals.handled(), pytest.raises(signals.Stopped) as stopped:
             stages.run_side_by_side(recipe, tmp_path, recipe.stages[:1])
     finally:
         signal.signal(signal.SIGINT, interrupt)
-    assert len(started) == 1 and started[0].wait(timeout=10) == -signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is handler
+    assert stopped.value.number == stop
+    assert len(started) == 1 and started[0].wait(timeout=10) == -stop

@@ -1,0 +1,156 @@
+"""A short run of every kind of stage, started, stopped and compared: what the tests of faults share."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unirg import run as run_folder
+from unirg.recipe.load import dump_recipe, load_recipe
+
+STAGES = ("vision", "sft", "grpo")
+
+RECIPE = """
+name: faults
+output: {output}
+threads: 1
+data: {{adapter: phantom, train: 24, dev: 4, test: 4, unseen: 4, size: 64}}
+prompt: {{style: short, institution: true}}
+policy:
+  lora: {{rank: 4, dropout: 0.1}}
+  tiny:
+    {{vocabulary: 400, hidden: 32, heads: 2, layers: 1, mlp: 48, vision_hidden: 32, vision_layers: 2, image_size: 64}}
+stages:
+  - name: vision
+    kind: vision
+    steps: 3
+    studies_per_step: 4
+    checkpoint_every: 1
+    optimiser: {{learning_rate: 1.0e-3}}
+  - name: sft
+    kind: sft
+    steps: 6
+    studies_per_step: 4
+    studies_per_forward: 2
+    checkpoint_every: 1
+    evaluate_every: 2
+    evaluate_studies: 4
+    keep: best
+    optimiser: {{learning_rate: 3.0e-3}}
+  - name: grpo
+    kind: grpo
+    steps: 6
+    studies_per_step: 4
+    group_size: 4
+    iterations: 2
+    resample: 1
+    checkpoint_every: 1
+    evaluate_every: 3
+    evaluate_studies: 4
+    sampling: {{max_new_tokens: 6}}
+    loss: {{kind: grpo, kl: 0.05}}
+    optimiser: {{learning_rate: 1.0e-3}}
+    rewards:
+      - {{name: "tests_reward.py:closeness"}}
+evaluation: {{splits: [], max_new_tokens: 8, headline: length}}
+"""
+
+REWARD = '''
+def closeness(candidates, references, **columns):
+    """Shared characters, in coarse steps: some groups are without variance."""
+    return [round(4 * len(set(c) & set(r)) / len(set(c) | set(r) | {" "})) / 4 for c, r in zip(candidates, references)]
+'''
+
+
+def prepare(folder: Path, name: str, *overrides: str) -> Path:
+    """A run folder with a resolved recipe, ready for its stages."""
+    (folder / "tests_reward.py").write_text(REWARD)
+    (folder / f"{name}.yaml").write_text(RECIPE.format(output=folder / name))
+    recipe = load_recipe(folder / f"{name}.yaml", list(overrides))
+    run_folder.open_run(Path(recipe.output), dump_recipe(recipe))
+    return Path(recipe.output)
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"} | more
+
+
+def trajectory(run: Path) -> list[dict[str, Any]]:
+    records = [r for stage in STAGES for r in run_folder.read_metrics(run / "stages" / stage)]
+    return [{k: v for k, v in record.items() if not k.startswith("time")} for record in records]
+
+
+def digests(run: Path) -> dict[str, str]:
+    """SHA-256 of the policy that each finished stage left."""
+    finals = [run_folder.final_folder(run, stage) / "model.safetensors" for stage in STAGES]
+    return {str(f.parent.parent.name): hashlib.sha256(f.read_bytes()).hexdigest() for f in finals if f.exists()}
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """To the last bit: every figure of every step, and the weights of every stage."""
+    for ours, theirs in zip(trajectory(run), trajectory(other), strict=True):
+        assert ours == theirs
+    assert len(digests(run)) == len(STAGES) and digests(run) == digests(other)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
+    """Returns when the condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+class Trainer:
+    """A process that trains a run's stages; its status as of a shell is in `status` when it has ended."""
+
+    def __init__(self, server: "subprocess.Popen[str]", log: Path) -> None:
+        assert server.stdout is not None
+        self._server, self._log, self._from = server, log, log.stat().st_size if log.exists() else 0
+        self.pid = int(server.stdout.readline())
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()[self._from :] if self._log.exists() else ""
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """128 + the signal's number where it was killed."""
+        assert self._server.stdout is not None
+        status = os.waitstatus_to_exitcode(int(self._server.stdout.readline()))
+        return status if status >= 0 else 128 - status
+
+
+Start = Callable[..., Trainer]
+
+
+@contextmanager
+def warm() -> Iterator[Start]:
+    """A function that starts a trainer of a run, one at a time, in no time: see warm.py."""
+    command = [sys.executable, str(Path(__file__).parent / "warm.py")]
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    )
+    assert server.stdin is not None
+    stdin = server.stdin
+
+    def start(run: Path, *stages: str, **asked: Any) -> Trainer:
+        log = run.with_suffix(".log")
+        request = {"arguments": [str(run), *(stages or STAGES)], "log": str(log), "folder": str(run.parent), **asked}
+        stdin.write(json.dumps(request) + "\n")
+        stdin.flush()
+        return Trainer(server, log)
+
+    try:
+        yield start
+    finally:
+        stdin.close()
+        server.wait()
