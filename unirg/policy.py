@@ -354,7 +354,7 @@ def load_policy(
             raise UserError(f"policy.freeze_vision: {said}; leave policy.freeze_vision out")
         tower.requires_grad_(False)
     if config.lora is not None:
-        model = _with_lora(model, config, seed)
+        model = with_lora(model, config, seed)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = True
@@ -378,7 +378,7 @@ def vision_tower(model: Any) -> Any | None:
     return None
 
 
-def _with_lora(model: Any, config: PolicyConfig, seed: int) -> Any:
+def with_lora(model: Any, config: PolicyConfig, seed: int) -> Any:
     """`model` with fresh adapters on its linear layers, the same for the same seed."""
     try:
         import peft
