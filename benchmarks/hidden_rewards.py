@@ -7,16 +7,18 @@ The stage is `grpo_reports` of recipes/demo.yaml as it stands (24 studies x 16 r
 trained), and once more with all 16 trained, after a short warm start. Beside the demo's own two rewards stands
 `radgraph_f1` on an archive of BERT-base size with random weights, on one CPU thread of its own; or, with
 --milliseconds, a reward that does nothing but wait: what a faster device would leave to hide. Its weight is 0, so that
-all settings train alike. Each runs in four ways, from the same policy:
+all settings train alike. Each runs in five ways, from the same policy:
 
 - inline: rewards in the training process, nothing is hidden;
 - at the end: workers get a step's reports when the last of them is sampled;
 - as finished: workers get reports while longer ones are sampled;
-- as it is: and they read the references of a step before its reports are there.
+- as it is: and they read the references of a step before its reports are there;
+- one ahead: a step's reports are sampled, and scored, while the step before is learnt from (the stage's `ahead`). They
+  come from the policy of one update earlier: another trajectory.
 
 Seconds are wall time, since hiding is about waiting: two cores must be free. The bound is what no order of work could
 pass on the same policy: rewards can run unseen while reports are sampled, while the first forward is made (unless
-scores decide what is trained), and on references whenever they like.
+scores decide what is trained), and on references whenever they like. One step ahead they can run all the time.
 """
 
 import argparse
@@ -46,7 +48,7 @@ from unirg.grpo import loop, rollouts  # noqa: E402
 from unirg.prompt import report_text  # noqa: E402
 from unirg.recipe.load import load_recipe  # noqa: E402
 from unirg.recipe.schema import GrpoStage, Recipe  # noqa: E402
-from unirg.rollout.hf import HFSampler  # noqa: E402
+from unirg.rollout.hf import CopySampler, HFSampler  # noqa: E402
 from unirg.scoring.contract import RewardConfig  # noqa: E402
 from unirg.scoring.engine import ScoringEngine  # noqa: E402
 from unirg.scoring.worker_process import Worker  # noqa: E402
@@ -54,7 +56,8 @@ from unirg.sft import run_sft  # noqa: E402
 from unirg.stages import initial_policy  # noqa: E402
 from unirg.training import StageRun, Stopwatch  # noqa: E402
 
-WAYS = ("inline", "at the end", "as finished", "as it is")
+AHEAD = "one ahead"
+WAYS = ("inline", "at the end", "as finished", "as it is", AHEAD)
 WARM_START = 100  # SFT steps: reports end where reports end, and repeat one another
 COLUMNS = 96  # of a timeline
 BERT_BASE = {"hidden": 768, "layers": 12, "heads": 12, "max_length": 512, "scorer_width": 150, "layer_scale": 0.5}
@@ -134,14 +137,18 @@ def one_way(warm: StageRun, stage: GrpoStage, way: str, folder: Path) -> dict[st
     """The steps of a stage, from the warm start's policy, and the means of all but the first, which checks forwards."""
     policy = copy.deepcopy(warm.policy)
     stage = stage.model_copy(
-        update={"rewards": [r.model_copy(update={"worker": way != "inline"}) for r in stage.rewards]}
+        update={
+            "rewards": [r.model_copy(update={"worker": way != "inline"}) for r in stage.rewards],
+            "ahead": way == AHEAD,
+        }
     )
     work = StageRun(warm.recipe, stage, folder, warm.accelerator, policy, warm.studies)
     rollouts.AT_ONCE = 1_000_000 if way == "at the end" else 32
-    loop.prepare_scoring = rollouts.prepare_scoring if way == "as it is" else lambda *_: None
+    loop.prepare_scoring = rollouts.prepare_scoring if way in ("as it is", AHEAD) else lambda *_: None
     clock.training.clear(), clock.workers.clear()
     with ScoringEngine(stage.rewards, supervised=True) as engine:
-        loop.run_grpo(work, HFSampler(policy), engine, None, None)
+        sampler = (CopySampler if way == AHEAD else HFSampler)(policy)
+        loop.run_grpo(work, sampler, engine, None, None)
     lines = [json.loads(line) for line in (work.folder / "metrics.jsonl").read_text().splitlines()]
     first = not loop.scores_decide(stage)
     starts = [start for phase, start, _ in clock.training if phase == "sampling"]
@@ -164,7 +171,7 @@ def one_way(warm: StageRun, stage: GrpoStage, way: str, folder: Path) -> dict[st
     mean = {name: fmean(step[name] for step in steps[1:]) for name in steps[0]}
     ahead = max(prepared, default=0.0) / len(starts)
     window = mean["sampling"] + ahead + (fmean(line["time/logps"] for line in lines[1:]) if first else 0.0)
-    mean["bound"] = min(1.0, window / mean["rewards"])
+    mean["bound"] = min(1.0, (mean["step"] if way == AHEAD else window) / mean["rewards"])
     return {"way": way, "steps": steps, "mean": mean, "line": timeline()}
 
 
@@ -242,8 +249,8 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     for way in result["ways"][1:]:
         console.print(way["way"], *way["line"], sep="\n", highlight=False, soft_wrap=True)
-    trajectories = {tuple(step["reward"] for step in way["steps"]) for way in result["ways"]}
-    console.print(f"one trajectory in all ways: {'yes' if len(trajectories) == 1 else 'NO'}")
+    trajectories = {tuple(step["reward"] for step in way["steps"]) for way in result["ways"] if way["way"] != AHEAD}
+    console.print(f"one trajectory in the other ways: {'yes' if len(trajectories) == 1 else 'NO'}")
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def test_what_the_server_has_not_is_refused_and_what_differs_is_named(folder: Pa
     for words, config in refused.items():
         with pytest.raises(RewardError, match=words):
             ScoringEngine([config], supervised=True)
-    with pytest.raises(RewardError, match="'rank' compares the candidates of a batch: it cannot have a batch_size"):
+    with pytest.raises(RewardError, match="'rank' compares a batch's candidates: it cannot have a batch_size"):
         ScoringEngine([own(folder, "rank", server, batch_size=2)])
 
 

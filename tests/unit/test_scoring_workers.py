@@ -216,7 +216,7 @@ def test_a_failure_costs_the_candidates_of_its_call(rewards: Path) -> None:
 
 def test_a_reward_that_compares_candidates_has_no_batch_size(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text("def rank(candidates, references): ...\nrank.deduplicate = False\n")
-    with pytest.raises(RewardError, match="'rank' compares the candidates of a batch: it cannot have a batch_size"):
+    with pytest.raises(RewardError, match="'rank' compares a batch's candidates: it cannot have a batch_size"):
         engine(tmp_path / "rank.py", "rank", batch_size=2)
 
 

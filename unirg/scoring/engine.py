@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +61,7 @@ class ScoringEngine:
             raise RewardError(f"two rewards are called '{repeated[0]}' in logs; give each a `label` of its own")
         self._configs = dict(zip(labels, configs, strict=True))
         self._rewards: dict[str, Reward | ServedReward] = {}
-        self._supervised = supervised
+        self._supervised, self._caller = supervised, threading.get_ident()
         self._workers: dict[str, Worker | ServedReward] = {}  # by label; some are one and the same
         self._beside = beside
         self._names: dict[str, str] = {}  # what workers of `beside` call this engine's rewards
@@ -78,9 +79,7 @@ class ScoringEngine:
             for label, config in self._configs.items():
                 reward = self._rewards[label] = self._load(label, config)
                 if config.batch_size is not None and not reward.deduplicate:
-                    raise RewardError(
-                        f"reward '{label}' compares the candidates of a batch: it cannot have a batch_size"
-                    )
+                    raise RewardError(f"reward '{label}' compares a batch's candidates: it cannot have a batch_size")
             self._set_up(logs)
         except BaseException:
             self.close()
@@ -118,7 +117,8 @@ class ScoringEngine:
             for first in range(0, len(rows), size):
                 part.calls.append(self._call(label, batch, references, rows[first : first + size]))
         self._parts[handle] = parts
-        self._waited += time.perf_counter() - started
+        if threading.get_ident() == self._caller:
+            self._waited += time.perf_counter() - started
         return handle
 
     def collect(self, handle: int) -> dict[str, list[float | None]]:
