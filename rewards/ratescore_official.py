@@ -151,6 +151,7 @@ def _load(kind: str, name: str, device: str) -> Encoder:
     import torch
     import transformers
 
+    model: Any
     try:
         model, found = getattr(transformers, kind).from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
