@@ -58,13 +58,14 @@ class CpuStopwatch(Stopwatch):
         self.seconds[phase] = self.seconds.get(phase, 0.0) + clock() - started
 
 
-def our_stage(stage: Any, studies: int, image_size: int) -> StageRun:
-    """A stage of our loop at its start, on drawn films and a tiny policy, in a run folder of its own."""
+def our_stage(stage: Any, studies: int, image_size: int, **sizes: int) -> StageRun:
+    """A stage of our loop at its start, on drawn films and a tiny policy (of these sizes), in a run folder of its
+    own."""
     recipe = Recipe(
         name="benchmark",
         data=PhantomData(train=studies, size=image_size),
         prompt=PromptConfig(style="unirg"),
-        policy=PolicyConfig(tiny=TinyConfig(image_size=image_size)),
+        policy=PolicyConfig(tiny=TinyConfig(image_size=image_size, **sizes)),
         stages=[stage],
     )
     train = load_studies(recipe.data, "train")

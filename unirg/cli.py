@@ -92,6 +92,28 @@ def _train_verbs(add: Add) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as output=/scratch/run")
     parser.add_argument("--json", action="store_true", help="one JSON list of findings")
 
+    def plan(arguments: argparse.Namespace) -> int:
+        from unirg.plan.command import plan
+
+        return plan(arguments)
+
+    summary = "memory, tokens, FLOPs and hours of a run on a cluster, on paper; status 1 where it does not fit"
+    parser = _verb(add, "plan", summary, plan)
+    _takes_recipe(parser)
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="h100 (default), h200, a100-80, ... or cpu: this")
+    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="training GPUs of a node; default 8")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="training nodes; default 1")
+    parser.add_argument("--sampling-gpus", type=int, default=0, metavar="M", help="GPUs of vLLM servers beside them")
+    parser.add_argument("--config", type=Path, metavar="PATH", help="the model's config.json, or a folder with it")
+    parser.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help="of the prompt's text; default the data's, or 200"
+    )
+    parser.add_argument("--films", type=int, metavar="N", help="films of a prompt; default the data's, or 1")
+    parser.add_argument("--report-tokens", type=int, metavar="N", help="of a report; default the data's, or 120")
+    parser.add_argument("--reward-seconds", action="append", default=[], metavar="LABEL=S", help="for one report")
+    parser.add_argument("--compute-share", type=float, metavar="SHARE", help="of the peak, in products; default 0.5")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
     def report(arguments: argparse.Namespace) -> int:
         from unirg.report import build
 

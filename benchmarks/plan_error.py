@@ -1,0 +1,132 @@
+"""How wrong `unirg plan` is: its seconds beside those of real steps, phase by phase.
+
+    python benchmarks/plan_error.py               # a few steps of two small policies here, about two minutes
+    python benchmarks/plan_error.py runs/demo     # a run's own metrics.jsonl, of a run made on this machine
+
+Without a run, plan and steps are both in CPU seconds of one thread: on a machine that others use too, wall time
+measures them. With one, both are wall time, the plan's with torch's own number of threads or the recipe's. The plan is
+given the report lengths that were sampled, so that the ratio is the error of the counting and of the rates alone.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from unirg import sft
+from unirg.grpo import loop
+from unirg.plan.compute import StageCost, stage_cost
+from unirg.plan.machine import Machine, measured_cpu
+from unirg.plan.policy import plan_policy
+from unirg.recipe.load import load_recipe
+from unirg.recipe.schema import GrpoStage, OptimiserConfig, Recipe, SftStage, StageConfig
+from unirg.rollout.hf import HFSampler
+from unirg.run import read_metrics, stage_folder
+from unirg.scoring.contract import RewardConfig
+from unirg.scoring.engine import ScoringEngine
+
+PHASES = {
+    "sampling": (["prefill", "decode"], ["time/sampling"]),
+    "log-probs": (["reference", "forward"], ["time/logps"]),
+    "backward": (["backward"], ["time/backward"]),
+}
+Rows = Sequence[dict[str, Any]]
+
+
+def compare(recipe: Recipe, stage: StageConfig, rows: Rows, machine: Machine, step: str) -> list[dict[str, Any]]:
+    """Predicted and measured seconds of each phase, medians over the steps but the first; `step` names the whole's."""
+    rows = rows[1:]
+    policy, lengths = plan_policy(recipe, None, None)
+    if isinstance(stage, GrpoStage):
+        mean = statistics.median(row["completions/mean_length"] for row in rows)
+        longest = statistics.median(row["completions/max_length"] for row in rows)
+        lengths = replace(lengths, report=round(mean), longest_report=round(longest))
+    cost: StageCost = stage_cost([(policy, 1.0)], lengths, stage, 1, recipe.policy.gradient_checkpointing)
+    predicted = {name: phase.seconds(machine)[0] for name, phase in cost.phases.items() if phase.pieces}
+    measured = {name: statistics.median(row.get(name, 0.0) for row in rows) for name in rows[0] if "time/" in name}
+    pairs = {
+        name: (sum(predicted.get(p, 0.0) for p in ours), sum(measured[m] for m in theirs))
+        for name, (ours, theirs) in PHASES.items()
+        if all(m in measured for m in theirs)
+    }
+    pairs["step"] = (sum(predicted.values()), measured[step])
+    return [
+        {"policy": recipe.name, "stage": stage.name, "phase": name, "predicted": ours, "measured": theirs}
+        for name, (ours, theirs) in pairs.items()
+    ]
+
+
+def small_runs(steps: int) -> list[dict[str, Any]]:
+    """SFT and GRPO steps of the demo's policy on small films, and of one with six layers of 384 on large ones."""
+    measure.one_thread()
+    machine = measured_cpu(time.process_time)
+    print(machine, file=sys.stderr)
+    loop.Stopwatch = measure.CpuStopwatch
+    scaled = {"hidden": 384, "layers": 6, "heads": 6, "mlp": 1152, "vision_hidden": 128, "vision_layers": 5}
+    results = []
+    for name, image, studies, sizes in (("tiny", 96, 16, {}), ("scaled", 320, 4, scaled)):
+        shared = {"steps": steps, "studies_per_step": studies, "checkpoint_every": 10_000}
+        shared["optimiser"] = OptimiserConfig(learning_rate=1e-5, schedule="constant", warmup=0)
+        rewards = [RewardConfig(name="rouge_l", worker=False)]
+        sampling = {"max_new_tokens": 64}
+        grpo: dict[str, Any] = shared | {"rewards": rewards, "sampling": sampling}
+        for stage in (
+            SftStage(kind="sft", name="sft", **shared),
+            GrpoStage(kind="grpo", name="grpo", **grpo),
+            GrpoStage(kind="grpo", name="grpo_kl", **grpo | {"loss": {"kl": 0.03}}),
+        ):
+            work = measure.our_stage(stage, studies * steps, image, **sizes)
+            if isinstance(stage, GrpoStage):
+                reference = loop.load_reference(work)
+                loop.run_grpo(work, HFSampler(work.policy), ScoringEngine(stage.rewards), None, reference)
+            else:
+                sft.run_sft(work, None)
+            recipe = work.recipe.model_copy(update={"name": name})
+            results += compare(recipe, stage, read_metrics(work.folder), machine, "time/step_cpu")
+    return results
+
+
+def of_run(folder: Path) -> list[dict[str, Any]]:
+    """The stages of a run that logged steps."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    machine = measured_cpu()
+    results = []
+    for stage in recipe.stages:
+        rows = read_metrics(stage_folder(folder, stage.name))
+        if len(rows) > 1:
+            results += compare(recipe, stage, rows, machine, "time/step")
+    return results
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a run folder with metrics")
+    parser.add_argument("--steps", type=int, default=6, help="steps of each small run; default 6")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    arguments = parser.parse_args()
+    with contextlib.redirect_stdout(sys.stderr):
+        found = of_run(arguments.run) if arguments.run else small_runs(arguments.steps)
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        table = Table("policy", "stage", "phase")
+        for column in ("predicted, s", "measured, s", "predicted / measured"):
+            table.add_column(column, justify="right")
+        for row in found:
+            ratio = f"{row['predicted'] / row['measured']:.2f}" if row["measured"] else ""
+            seconds = (f"{row['predicted']:.3f}", f"{row['measured']:.3f}")
+            table.add_row(row["policy"], row["stage"], row["phase"], *seconds, ratio)
+        Console().print(table)

@@ -1,0 +1,180 @@
+"""`unirg plan RECIPE`: what a run needs and how long it takes, on paper."""
+
+import argparse
+import contextlib
+import io
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from unirg.errors import UserError
+from unirg.plan.compute import stage_cost
+from unirg.plan.machine import RESERVE, Machine, machine
+from unirg.plan.memory import weights_of
+from unirg.plan.policy import Given, Lengths, in_depth, parameters, plan_policy
+from unirg.plan.stage import REWARD_SECONDS, VLLM_ROWS, check_world, plan_stage
+from unirg.plan.view import show
+from unirg.recipe.load import load_recipe
+from unirg.recipe.schema import Recipe
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Prints the plan; returns 1 where a stage does not fit, else 0. Raises UserError for bad input."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    for name, least in (("gpus", 1), ("nodes", 1), ("sampling_gpus", 0), ("prompt_tokens", 1), ("films", 0)):
+        _at_least(arguments, name, least)
+    _at_least(arguments, "report_tokens", 1)
+    share = arguments.compute_share
+    if share is not None and not 0 < share <= 1:
+        raise UserError(f"--compute-share: expected a share above 0 and at most 1, got {share}")
+    names = {"text": "prompt_tokens", "films": "films", "report": "report_tokens"}
+    lengths = {key: value for key, name in names.items() if (value := getattr(arguments, name)) is not None}
+    found = make_plan(
+        recipe,
+        machine(arguments.gpu, share),
+        gpus=arguments.gpus,
+        nodes=arguments.nodes,
+        sampling_gpus=arguments.sampling_gpus,
+        config=arguments.config,
+        given=Given(**lengths) if lengths else None,
+        reward_seconds=parse_seconds(arguments.reward_seconds, recipe),
+    )
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        show(found)
+    return 0 if all(stage["fits"] for stage in found["stages"]) else 1
+
+
+def _at_least(arguments: argparse.Namespace, name: str, least: int) -> None:
+    value = getattr(arguments, name)
+    if value is not None and value < least:
+        raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+
+
+def parse_seconds(texts: Sequence[str], recipe: Recipe) -> dict[str, float]:
+    """`r1=0.001` as {"r1": 0.001}. Raises UserError for what is no such pair, and for rewards that no stage has."""
+    labels = {reward.log_label for stage in recipe.stages for reward in getattr(stage, "rewards", [])}
+    found = {}
+    for text in texts:
+        label, _, value = text.partition("=")
+        try:
+            found[label] = float(value)
+        except ValueError as error:
+            raise UserError(f"--reward-seconds: expected LABEL=SECONDS such as r1=0.001, got '{text}'") from error
+        if label not in labels:
+            raise UserError(f"--reward-seconds: no stage has a reward '{label}'; there are {', '.join(sorted(labels))}")
+        if not 0 <= found[label] < float("inf"):
+            raise UserError(f"--reward-seconds: expected seconds of 0 or more, got '{text}'")
+    return found
+
+
+def make_plan(
+    recipe: Recipe,
+    device: Machine,
+    *,
+    gpus: int = 1,
+    nodes: int = 1,
+    sampling_gpus: int = 0,
+    config: Path | None = None,
+    given: Given | None = None,
+    reward_seconds: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The whole plan as what `--json` prints."""
+    check_world(recipe, nodes, gpus)
+    servers = recipe.rollout.engine == "vllm" and recipe.rollout.vllm.mode == "server"
+    if sampling_gpus and not servers:
+        raise UserError(
+            "--sampling-gpus: the recipe samples on the training GPUs; set rollout.engine=vllm, "
+            "rollout.vllm.mode=server and rollout.vllm.servers=[...]"
+        )
+    engines = (sampling_gpus or len(recipe.rollout.vllm.servers)) if servers else 0
+    world = nodes * gpus
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers' advice on loading is not about a plan
+        policy, lengths = plan_policy(recipe, config, given)
+        policies = in_depth(recipe, policy)
+    checkpointing = recipe.policy.gradient_checkpointing
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+    stages = []
+    done: list[tuple[Any, Any]] = []
+    for stage in recipe.stages:
+        alike = stage.model_copy(update={"name": "", "sees": "", "steps": 1, "start": None, "data": None})
+        cost = next((cost for other, cost in done if other == alike), None)
+        if cost is None:
+            cost = stage_cost(policies, lengths, stage, world, checkpointing)
+            done.append((alike, cost))
+        stages.append(
+            plan_stage(
+                recipe,
+                stage,
+                weights_of(policy, stage),
+                cost,
+                device,
+                nodes=nodes,
+                gpus=gpus,
+                sampling_gpus=engines,
+                reward_seconds=reward_seconds or {},
+            )
+        )
+    return {
+        "recipe": recipe.name,
+        "policy": recipe.policy.model or "tiny",
+        "parameters": parameters(policy),
+        "trained_parameters": sum(p.numel() for p in policy.model.parameters() if p.requires_grad),
+        "machine": asdict(device),
+        "nodes": nodes,
+        "gpus": gpus,
+        "sampling_gpus": engines,
+        "strategy": recipe.distributed.strategy if world > 1 else "one process",
+        "engine": recipe.rollout.engine,
+        "lengths": _lengths(lengths),
+        "stages": stages,
+        "assumptions": assumptions(recipe, device, lengths, nodes, world),
+    }
+
+
+def _lengths(lengths: Lengths) -> dict[str, Any]:
+    return {
+        "prompt": len(lengths.prompt),
+        "longest_prompt": len(lengths.longest_prompt),
+        "report": lengths.report,
+        "longest_report": lengths.longest_report,
+        "source": lengths.source,
+    }
+
+
+def assumptions(recipe: Recipe, device: Machine, lengths: Lengths, nodes: int, world: int) -> list[str]:
+    """What the figures stand on, one sentence each."""
+    if device.measured:
+        said = [
+            f"rates measured on this CPU, one rank alone: {device.single / 1e9:.0f} GFLOP/s in float32, "
+            f"{device.half / 1e9:.0f} in bfloat16, {device.bandwidth / 1e9:.0f} GB/s, {device.launch * 1e6:.1f} us an "
+            "operation"
+        ]
+    else:
+        said = [
+            f"nothing was measured on a {device.name}: published peaks ({device.half / 1e12:.0f} TFLOP/s bfloat16, "
+            f"{device.single / 1e12:.3g} float32, {device.bandwidth / 1e12:.2f} TB/s), of which products reach "
+            f"{device.compute_share:.0%} and memory {device.bandwidth_share:.0%}; {device.launch * 1e6:.0f} us to "
+            f"start an operation; {RESERVE / 1e9:.1f} GB for CUDA, libraries and communication"
+        ]
+        if world > 1:
+            speed, where = (device.network, "between nodes") if nodes > 1 else (device.node, "within the node")
+            said.append(f"{speed / 1e9:.0f} GB/s a GPU {where}; sharded weights are gathered while computing goes on")
+    said.append(
+        f"lengths: {lengths.source}; every study has a prompt of {len(lengths.prompt)} tokens (the longest has "
+        f"{len(lengths.longest_prompt)}) and reports of {lengths.report} (the longest {lengths.longest_report})"
+    )
+    if recipe.rollout.engine == "vllm":
+        said.append(f"vLLM decodes at most {VLLM_ROWS} reports at once, limited by its bandwidth or products alone")
+    said += [
+        "rewards: "
+        + ", ".join(f"{name} {value:.3g}" for name, value in REWARD_SECONDS.items())
+        + " CPU seconds a report (benchmarks/README.md) where not given, on whatever device the recipe puts them; a "
+        "worker for each on every rank",
+        "left out: evaluations, checkpoints, loading, the first step's self-check, resampling, images read from disk",
+    ]
+    return said

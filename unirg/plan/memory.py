@@ -1,0 +1,141 @@
+"""Memory of one GPU, by part, at a step's three moments: sampling, forward and backward, the optimiser's step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unirg.distributed import stacked_layers
+from unirg.plan.compute import StageCost
+from unirg.plan.machine import RESERVE, Machine
+from unirg.policy import Policy
+from unirg.recipe.schema import GrpoStage, Recipe, StageConfig, VisionStage
+
+Moment = dict[str, float]
+"""Bytes by part."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a policy's weights and of its gradients, and numbers by where FSDP2 puts them: in layers, in the largest
+    layer, in the rest."""
+
+    all: int
+    trained: int
+    count: int
+    layered: int
+    largest: int
+    rest: int
+
+
+def weights_of(policy: Policy, stage: StageConfig) -> Weights:
+    """Of the policy in that stage: a vision stage trains the tower alone."""
+    own = list(policy.model.parameters())
+    trained = [p for p in own if p.requires_grad]
+    if isinstance(stage, VisionStage):
+        trained = list(policy.base.model.visual.parameters())
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in stacked_layers(policy.model)]
+    count = sum(p.numel() for p in own)
+    return Weights(
+        sum(p.nbytes for p in own),
+        sum(p.nbytes for p in trained),
+        count,
+        sum(layers),
+        max(layers, default=0),
+        count - sum(layers),
+    )
+
+
+def reference_bytes(recipe: Recipe, stage: StageConfig, weights: Weights) -> int:
+    """Of the KL penalty's policy, where it is one of its own."""
+    if not isinstance(stage, GrpoStage) or not stage.loss.kl:
+        return 0
+    if stage.kl.reference == "start":
+        return 0 if recipe.policy.lora is not None else weights.all
+    return 4 * weights.count
+
+
+def shards(recipe: Recipe, stage: StageConfig, world: int) -> int:
+    """Over how many ranks weights, gradients and optimiser state are sharded: a vision stage's never are."""
+    return world if recipe.distributed.strategy == "fsdp2" and not isinstance(stage, VisionStage) else 1
+
+
+def moments(
+    recipe: Recipe, stage: StageConfig, weights: Weights, cost: StageCost, world: int, machine: Machine
+) -> dict[str, Moment]:
+    """Bytes by part of each moment on one of `world` ranks."""
+    shard = shards(recipe, stage, world)
+    sharded = shard > 1
+    half = 2 if recipe.policy.dtype == "bfloat16" else 4
+    held = {
+        "weights": weights.all / shard,
+        "optimiser": cost.optimiser_state / shard,
+        "reference policy": reference_bytes(recipe, stage, weights) / shard,
+    }
+    vllm = isinstance(stage, GrpoStage) and recipe.rollout.engine == "vllm" and recipe.rollout.vllm.mode == "colocate"
+    if vllm and not recipe.rollout.vllm.sleep:
+        held["vLLM, colocated"] = recipe.rollout.vllm.gpu_memory_utilization * machine.memory
+    gradients = {"gradients": weights.trained / shard}
+    copies = cost.update_copies
+    update = held | gradients
+    if sharded:  # two layers at a time, with their gradients, and what stands outside of layers
+        update["gathered weights and gradients"] = 2 * weights.largest * (2 * half + 4) + weights.rest * (4 + 4)
+        copies = weights.rest * half if half == 2 else 0
+    update |= {
+        "bfloat16 weights (autocast)": copies,
+        "logits": cost.logits,
+        "activations": cost.update_peak - cost.update_copies - cost.logits,
+    }
+    step = held | gradients | {"optimiser's temporaries": cost.optimiser_peak / shard}
+    found = {"forward and backward": update, "optimiser": step}
+    if isinstance(stage, GrpoStage):
+        sampling = dict(held)
+        if vllm and recipe.rollout.vllm.sleep:
+            sampling["vLLM, colocated"] = recipe.rollout.vllm.gpu_memory_utilization * machine.memory
+        elif recipe.rollout.engine == "hf":
+            if sharded:
+                sampling["gathered weights"] = weights.layered * half + weights.rest * 4
+            sampling |= {
+                "KV cache": cost.kv_cache,
+                "bfloat16 weights (autocast)": 0 if sharded else cost.sampling_copies,
+                "activations": cost.sampling_peak - cost.kv_cache - cost.sampling_copies,
+            }
+        found = {"sampling": sampling} | found
+    return {moment: {name: float(size) for name, size in parts.items() if size} for moment, parts in found.items()}
+
+
+def peak(found: Mapping[str, Moment], machine: Machine) -> tuple[str, float]:
+    """The fullest moment, and bytes needed there with the reserve."""
+    moment = max(found, key=lambda name: sum(found[name].values()))
+    return moment, sum(found[moment].values()) + (0.0 if machine.cpu else RESERVE)
+
+
+def advice(recipe: Recipe, stage: Any, found: Mapping[str, Moment], machine: Machine, world: int) -> list[str]:
+    """What to try where it does not fit: overrides of the recipe, those that save most first."""
+    moment, needed = peak(found, machine)
+    parts = found[moment]
+    saves: list[tuple[float, str]] = []
+    state = sum(found["optimiser"].get(name, 0.0) for name in ("weights", "gradients", "optimiser", "reference policy"))
+    if recipe.distributed.strategy == "ddp" and world > 1 and not isinstance(stage, VisionStage):
+        saves.append((state * (1 - 1 / world), "distributed.strategy=fsdp2"))
+    if recipe.policy.lora is None and not isinstance(stage, VisionStage):
+        saves.append((0.6 * state, "policy.lora={rank: 64, alpha: 128}"))
+    if recipe.policy.dtype == "float32":
+        saves.append((0.4 * parts.get("activations", 0.0), "policy.dtype=bfloat16"))
+    if moment == "forward and backward":
+        saved = parts["activations"] + parts.get("logits", 0.0)
+        if not recipe.policy.gradient_checkpointing:
+            saves.append((0.8 * saved, "policy.gradient_checkpointing=true"))
+        if isinstance(stage, GrpoStage):
+            half = stage.tokens_per_forward // 2
+            saves.append((0.5 * saved, f"stages.{stage.name}.tokens_per_forward={half}"))
+        else:
+            size = max(1, (stage.studies_per_forward or stage.studies_per_step // world) // 2)
+            saves.append((0.5 * saved, f"stages.{stage.name}.studies_per_forward={size}"))
+    if moment == "sampling" and recipe.rollout.engine == "hf":
+        saved = parts.get("KV cache", 0.0) + parts.get("activations", 0.0)
+        rows = max(stage.group_size, stage.sampling.rows_per_forward // 2)
+        saves.append((0.5 * saved, f"stages.{stage.name}.sampling.rows_per_forward={rows}"))
+    if recipe.distributed.strategy == "fsdp2" or world == 1:
+        saves.append((state / 2, "more GPUs (--nodes, --gpus)" + ("" if world > 1 else " and fsdp2")))
+    saves = [save for save in saves if save[0] > 0.02 * needed]
+    return [text for _, text in sorted(saves, key=lambda save: -save[0])[:4]]

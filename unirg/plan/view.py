@@ -1,0 +1,82 @@
+"""A plan as tables."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from unirg.plan.stage import readable
+
+
+def show(plan: dict[str, Any]) -> None:
+    """Prints the plan."""
+    console = Console()
+    parts = {name: count for name, count in plan["parameters"].items() if count}
+    counted = ", ".join(f"{name} {_count(count)}" for name, count in parts.items())
+    total = sum(parts.values())
+    console.print(f"[bold]{plan['recipe']}[/bold]: {plan['policy']}, {_count(total)} parameters ({counted}); "
+                  f"{_count(plan['trained_parameters'])} trained", highlight=False, soft_wrap=True)  # fmt: skip
+    extra = f" and {plan['sampling_gpus']} for sampling" if plan["sampling_gpus"] else ""
+    console.print(
+        f"{plan['nodes']} x {plan['gpus']} {plan['machine']['name']}{extra}, {plan['strategy']}, sampling with "
+        f"{plan['engine']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for stage in plan["stages"]:
+        console.print()
+        console.print(_memory(stage, plan["machine"]["memory"]))
+        console.print(_phases(stage))
+        said = f"{readable(stage['step_seconds'])} a step, {stage['steps']} steps: "
+        said += f"{readable(stage['run_hours'] * 3600)}, {stage['gpu_hours']:.0f} GPU hours"
+        console.print(f"{stage['name']}: {said}; bound by {stage['bound']}", highlight=False, soft_wrap=True)
+        if stage.get("try"):
+            console.print(f"[red]does not fit[/red]; try {'; '.join(stage['try'])}", highlight=False, soft_wrap=True)
+        rewards = stage["phases"].get("rewards", {})
+        if rewards.get("unknown"):
+            names = ", ".join(rewards["unknown"])
+            said = f"[yellow]not counted[/yellow]: {names}; give --reward-seconds {rewards['unknown'][0]}=SECONDS"
+            console.print(said, highlight=False, soft_wrap=True)
+    total_seconds = sum(stage["run_hours"] for stage in plan["stages"]) * 3600
+    console.print(f"\n[bold]all stages, one after another: {readable(total_seconds)}[/bold]", highlight=False)
+    for text in plan["assumptions"]:
+        console.print(f"- {text}", highlight=False, soft_wrap=True)
+
+
+def _memory(stage: dict[str, Any], memory: float) -> Table:
+    moments = stage["memory"]
+    table = Table("GB of one GPU", title=f"{stage['name']} ({stage['kind']}): memory", title_justify="left")
+    for moment in moments:
+        table.add_column(moment, justify="right")
+    for part in dict.fromkeys(part for parts in moments.values() for part in parts):
+        table.add_row(part, *(_gb(parts[part]) if part in parts else "" for parts in moments.values()))
+    table.add_section()
+    table.add_row("together", *(_gb(sum(parts.values())) for parts in moments.values()))
+    verdict = "fits" if stage["fits"] else "does not fit"
+    table.caption = f"{_gb(stage['memory_needed'])} needed of {_gb(memory)} GB: {verdict}"
+    return table
+
+
+def _phases(stage: dict[str, Any]) -> Table:
+    table = Table("a step, all ranks", title=f"{stage['name']}: time", title_justify="left")
+    for column in ("tokens", "TFLOPs", "without sharing", "seconds", "bound by"):
+        table.add_column(column, justify="right")
+    for name, phase in stage["phases"].items():
+        unshared = stage["unshared_flops"].get(name)
+        table.add_row(
+            name,
+            f"{phase['tokens']:,.0f}" if phase["tokens"] else "",
+            f"{phase['flops'] / 1e12:,.3g}" if phase["flops"] else "",
+            f"{unshared / 1e12:,.3g}" if unshared else "",
+            f"{phase['seconds']:.3g}",
+            phase["bound"],
+        )
+    return table
+
+
+def _count(numbers: float) -> str:
+    return f"{numbers / 1e9:.2f}B" if numbers >= 1e9 else f"{numbers / 1e6:.2f}M"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f}" if size >= 1e9 else f"{size / 1e9:.3f}"
