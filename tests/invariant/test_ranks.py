@@ -1,6 +1,9 @@
 """One, two and four ranks, whole weights and sharded ones: one and the same trajectory; and a group of reports
 never leaves its rank."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +12,11 @@ import pyarrow.parquet
 import pytest
 
 from tests.invariant import test_trajectories as trajectories
+from unirg import signals
 from unirg.recipe.load import load_recipe
+from unirg.run import final_folder
 from unirg.stages import run_stage
+from unirg.steps import Steps
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +49,13 @@ OPTIONS = {
         "stages.grpo.sampling.max_new_tokens=40",
     ),
 }
-WAYS = {1: ("ddp",), 2: ("ddp", "fsdp2"), 4: ("ddp", "fsdp2")}
+RUNS = {  # by the number of ranks
+    1: (("whole policy", "ddp"), ("adapters and everything", "ddp")),
+    2: (("whole policy", "ddp"), ("whole policy", "fsdp2"), ("adapters and everything", "fsdp2")),
+    4: (("whole policy", "ddp"), ("whole policy", "fsdp2"), ("adapters and everything", "ddp")),
+}
+HANDED_OVER = {2: "fsdp2", 4: "ddp"}
+"""One run that two ranks begin and four finish."""
 TELLS = "    print(*(f'judged {i}' for i in columns['study_id']), sep='\\n', flush=True)\n    return"
 
 
@@ -56,14 +68,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, those of as many ranks one after another in the same processes."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = trajectories.environment() | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    for ranks, ways in WAYS.items():
+    for ranks, settings in RUNS.items():
         runs = []
-        for options, overrides in OPTIONS.items():
-            for way in ways:
-                run = trajectories.start(
-                    folder, name_of(options, ranks, way), *BASE, *overrides, f"distributed.strategy={way}"
-                )
-                runs.append(str(run))
+        for options, way in settings:
+            overrides = (*BASE, *OPTIONS[options], f"distributed.strategy={way}")
+            runs.append(str(trajectories.start(folder, name_of(options, ranks, way), *overrides)))
+        if ranks in HANDED_OVER:
+            overrides = (*BASE, *OPTIONS["whole policy"], f"distributed.strategy={HANDED_OVER[ranks]}")
+            runs.append(str(trajectories.start(folder, "handed-over", *overrides)))
         (folder / "tests_reward.py").write_text(trajectories.REWARD.replace("    return", TELLS))
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         done = subprocess.run(
@@ -75,15 +87,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             timeout=600,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        (folder / f"said-{ranks}.txt").write_text(done.stdout)
     return folder
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize(("ranks", "way"), [(ranks, way) for ranks, ways in WAYS.items() if ranks > 1 for way in ways])
-def test_the_same_trajectory(folder: Path, options: str, ranks: int, way: str) -> None:
+@pytest.mark.parametrize(("ranks", "options", "way"), [(n, *run) for n, runs in RUNS.items() if n > 1 for run in runs])
+def test_the_same_trajectory(folder: Path, ranks: int, options: str, way: str) -> None:
     ours, expected = folder / name_of(options, ranks, way), folder / name_of(options, 1, "ddp")
     # Sums in another order: float32 rounding, amplified by AdamW, whose first steps divide by tiny moments.
     trajectories.assert_same(ours, expected, 2e-3, steps=len(trajectories.trajectory(expected)))
+
+
+def test_another_number_of_ranks_and_another_layout_go_on(folder: Path) -> None:
+    assert "goes on from step 2" in (folder / "said-4.txt").read_text()
+    trajectories.assert_same(folder / "handed-over", folder / "whole-1-ddp", 2e-3, steps=8)
 
 
 def test_everything_learns(folder: Path) -> None:
@@ -95,7 +112,7 @@ def test_everything_learns(folder: Path) -> None:
     assert [record["step"] for record in evaluated] == [2]
 
 
-@pytest.mark.parametrize("way", WAYS[4])
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_a_group_stays_on_its_rank(folder: Path, way: str) -> None:
     run = folder / name_of("whole policy", 4, way)
     for step in (1, 2, 3):
@@ -112,8 +129,28 @@ def test_a_group_stays_on_its_rank(folder: Path, way: str) -> None:
         assert len(owners) == 12 and all(len(ranks) == 1 for ranks in owners.values())
 
 
+def stop_after_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has this process be asked to stop when a GRPO stage has written its first checkpoint."""
+    save = Steps.save
+
+    def save_and_ask(self: Steps) -> None:
+        save(self)
+        if self.work.stage.name == "grpo":
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(Steps, "save", save_and_ask)
+
+
+def run_all(run: Path) -> None:
+    recipe = load_recipe(run / "recipe.yaml")
+    for stage in recipe.stages:
+        if not final_folder(run, stage.name).exists():
+            run_stage(recipe, run, stage)
+
+
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        recipe = load_recipe(Path(argument) / "recipe.yaml")
-        for stage in recipe.stages:
-            run_stage(recipe, Path(argument), stage)
+        with pytest.MonkeyPatch.context() as monkeypatch, signals.handled(), contextlib.suppress(signals.Stopped):
+            if argument.endswith("handed-over") and os.environ["WORLD_SIZE"] == "2":
+                stop_after_a_checkpoint(monkeypatch)
+            run_all(Path(argument))
