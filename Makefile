@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 OPENI := $(or $(UNIRG_OPENI),$(CURDIR)/.cache/openi)
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds demo-openi test test-parity test-multinode check openi clean
+.PHONY: help install demo demo-seeds demo-openi test test-parity test-multinode test-vllm check openi clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
@@ -72,6 +72,20 @@ environment = test -x $(1)/bin/python || $(PYTHON) -m venv $(1); \
 test-multinode: install ## torchrun and SLURM scripts on two nodes and one for rewards; minutes
 	UNIRG_MULTINODE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/multinode
 
+# vLLM's CPU build bounds transformers below what the other tests run on. It brings two packages whose only builds may be
+# CUDA's, which it does not need and cannot import then; what else it needs of that kind is torchvision.
+test-vllm: install ## rollouts from real vLLM on the CPU, colocated and served, killed and hung; minutes
+	-$(MAKE) --no-print-directory .venv-vllm/.installed
+	python=$(BIN)/python; test ! -e .venv-vllm/.installed || python=.venv-vllm/bin/python; \
+	OMP_NUM_THREADS=1 $$python -m pytest -q -rs tests/vllm
+
+.venv-vllm/.installed: tests/vllm/requirements.txt tests/vllm/torchvision_on_cpu.py constraints-cpu.txt
+	$(call environment,.venv-vllm) -r $<
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	.venv-vllm/bin/python tests/vllm/torchvision_on_cpu.py
+	.venv-vllm/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps -e .
+	touch $@
+
 check: install ## lint, format, types, recipes, reference page
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,5 +94,5 @@ check: install ## lint, format, types, recipes, reference page
 	$(BIN)/unirg recipe docs --check
 
 clean: ## remove what can be made again; run folders stay
-	rm -rf .venv .venv-parity .venv-radgraph .cache dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-parity .venv-radgraph .venv-vllm .cache dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -60,6 +60,8 @@ class ColocatedSampler:
                 generation_config="vllm",
                 enable_sleep_mode=self.sleeps,
                 enforce_eager=not cuda,
+                # On a CPU a prompt that is read in parts would end the engine: see vllm_launch.
+                enable_chunked_prefill=cuda,
                 use_tqdm_on_load=False,
                 # Ranks hold an engine each; without this they would build one over all of them.
                 distributed_executor_backend="external_launcher" if ranks > 1 else None,

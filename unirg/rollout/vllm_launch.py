@@ -22,7 +22,9 @@ def command(model: str, options: Sequence[str], cuda: bool) -> tuple[list[str], 
         "--enable-scale-out": [],  # /inference/v1/generate: token ids and pixels in, token ids out
     }
     if not cuda:
-        flags |= {"--dtype": ["float32"], "--enforce-eager": []}  # by itself vLLM turns float32 into bfloat16
+        # By itself vLLM turns float32 into bfloat16. A prompt that is read in parts has its draw undone, which torch's
+        # generators cannot do on a CPU: the engine would die of it.
+        flags |= {"--dtype": ["float32"], "--enforce-eager": [], "--no-enable-chunked-prefill": []}
     ours = [text for flag, value in flags.items() if flag not in given for text in (flag, *value)]
     start = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *ours, *options]
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
