@@ -85,6 +85,28 @@ def test_two_nodes_train_as_one_process(nodes: list[Node], alone: Path, tmp_path
         assert (run / f"rollouts/grpo/step-000004-rank{rank}.parquet").exists()
 
 
+def test_a_cable_that_is_pulled_ends_the_run_on_both_nodes(nodes: list[Node], alone: Path, tmp_path: Path) -> None:
+    """Neither waits for ever, and the same commands go on from the last checkpoint to the same end."""
+    run = served(tmp_path, nodes[2], "distributed.timeout=20")
+    server = serve(nodes[2], run)
+    try:
+        trainers = launch(nodes[:2], run)
+        wait_for(run / "stages/sft", 3, trainers)
+        nodes[1].plug("down")
+        for trainer in trainers:
+            said = trainer.communicate(timeout=200)[0]
+            assert trainer.returncode != 0, said
+        assert not run_folder.final_folder(run, "grpo").exists()
+        nodes[1].plug("up")
+        for trainer in launch(nodes[:2], run):
+            said = trainer.communicate(timeout=400)[0]
+            assert trainer.returncode == 0, said
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+    trajectories.assert_same(run, alone, 2e-3)
+
+
 SRUN = """#!/usr/bin/env bash
 # Starts a command on hosts, passes signals on, ends with the largest status: what the script needs of SLURM's own.
 while [[ $1 == --* ]]; do

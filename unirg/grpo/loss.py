@@ -60,7 +60,7 @@ class LossResult:
     """`loss`: 0-d, to call backward on. `metrics`: 0-d detached tensors under TRL's names.
 
     Loss and metrics are this micro-batch's share: summed over the step's micro-batches and ranks they give the step's
-    loss and the step's means. Engines that average gradients over ranks (DDP) need the loss times the world size.
+    loss and the step's means. Engines that average gradients over ranks need the loss times the world size.
     """
 
     loss: Tensor
