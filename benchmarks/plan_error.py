@@ -27,7 +27,7 @@ from rich.table import Table
 from unirg import sft
 from unirg.grpo import loop
 from unirg.plan.compute import StageCost, stage_cost
-from unirg.plan.machine import Machine, measured_cpu
+from unirg.plan.machine import Machine, machine, measured_cpu
 from unirg.plan.policy import plan_policy
 from unirg.recipe.load import load_recipe
 from unirg.recipe.schema import GrpoStage, OptimiserConfig, Recipe, SftStage, StageConfig
@@ -44,16 +44,19 @@ PHASES = {
 Rows = Sequence[dict[str, Any]]
 
 
-def compare(recipe: Recipe, stage: StageConfig, rows: Rows, machine: Machine, step: str) -> list[dict[str, Any]]:
-    """Predicted and measured seconds of each phase, medians over the steps but the first; `step` names the whole's."""
+def compare(
+    recipe: Recipe, stage: StageConfig, rows: Rows, device: Machine, step: str, world: int = 1
+) -> list[dict[str, Any]]:
+    """Predicted and measured seconds of each phase on one rank, medians over the steps but the first; `step` names the
+    whole's."""
     rows = rows[1:]
     policy, lengths = plan_policy(recipe, None, None)
     if isinstance(stage, GrpoStage):
         mean = statistics.median(row["completions/mean_length"] for row in rows)
         longest = statistics.median(row["completions/max_length"] for row in rows)
         lengths = replace(lengths, report=round(mean), longest_report=round(longest))
-    cost: StageCost = stage_cost([(policy, 1.0)], lengths, stage, 1, recipe.policy.gradient_checkpointing)
-    predicted = {name: phase.seconds(machine)[0] for name, phase in cost.phases.items() if phase.pieces}
+    cost: StageCost = stage_cost([(policy, 1.0)], lengths, stage, world, recipe.policy.gradient_checkpointing)
+    predicted = {name: phase.seconds(device)[0] for name, phase in cost.phases.items() if phase.pieces}
     measured = {name: statistics.median(row.get(name, 0.0) for row in rows) for name in rows[0] if "time/" in name}
     pairs = {
         name: (sum(predicted.get(p, 0.0) for p in ours), sum(measured[m] for m in theirs))
@@ -70,8 +73,8 @@ def compare(recipe: Recipe, stage: StageConfig, rows: Rows, machine: Machine, st
 def small_runs(steps: int) -> list[dict[str, Any]]:
     """SFT and GRPO steps of the demo's policy on small films, and of one with six layers of 384 on large ones."""
     measure.one_thread()
-    machine = measured_cpu(time.process_time)
-    print(machine, file=sys.stderr)
+    device = measured_cpu(time.process_time)
+    print(device, file=sys.stderr)
     loop.Stopwatch = measure.CpuStopwatch
     scaled = {"hidden": 384, "layers": 6, "heads": 6, "mlp": 1152, "vision_hidden": 128, "vision_layers": 5}
     results = []
@@ -93,32 +96,34 @@ def small_runs(steps: int) -> list[dict[str, Any]]:
             else:
                 sft.run_sft(work, None)
             recipe = work.recipe.model_copy(update={"name": name})
-            results += compare(recipe, stage, read_metrics(work.folder), machine, "time/step_cpu")
+            results += compare(recipe, stage, read_metrics(work.folder), device, "time/step_cpu")
     return results
 
 
-def of_run(folder: Path) -> list[dict[str, Any]]:
-    """The stages of a run that logged steps."""
+def of_run(folder: Path, gpu: str) -> list[dict[str, Any]]:
+    """The stages of a run that logged steps, made on devices of that name."""
     recipe = load_recipe(folder / "recipe.yaml")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    machine = measured_cpu()
+    device = machine(gpu)
+    world = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["world_size"]
     results = []
     for stage in recipe.stages:
         rows = read_metrics(stage_folder(folder, stage.name))
         if len(rows) > 1:
-            results += compare(recipe, stage, rows, machine, "time/step")
+            results += compare(recipe, stage, rows, device, "time/step", world)
     return results
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a run folder with metrics")
+    parser.add_argument("--gpu", default="cpu", help="what the run was made on; default cpu, this one, measured now")
     parser.add_argument("--steps", type=int, default=6, help="steps of each small run; default 6")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):
-        found = of_run(arguments.run) if arguments.run else small_runs(arguments.steps)
+        found = of_run(arguments.run, arguments.gpu) if arguments.run else small_runs(arguments.steps)
     if arguments.json:
         print(json.dumps(found))
     else:

@@ -65,20 +65,15 @@ class StageCost:
     phases: dict[str, Phase]
     forward_tokens: int
     """Tokens of the fullest forward."""
-    update_peak: int
-    """The most alive in that forward and backward: activations, logits, weights in bfloat16 made by autocast."""
-    update_copies: int
-    """Of those, the weights in bfloat16."""
+    peaks: dict[str, tuple[float, float]]
+    """The most alive in that forward and that backward (activations, logits), in prefill and decode of the Hugging Face
+    engine (keys and values); and how much of it are weights in bfloat16, made by autocast."""
     logits: int
-    """Of those, the head's logits and their gradient."""
+    """The head's logits and their gradient, in that forward."""
     optimiser_state: int = 0
     optimiser_peak: int = 0
-    sampling_peak: int = 0
-    """The most alive while the Hugging Face engine samples, keys and values included."""
-    sampling_copies: int = 0
-    """Of those, the weights in bfloat16."""
     kv_cache: int = 0
-    """Of those, keys and values when the longest reports end."""
+    """Keys and values when the longest reports end."""
     kv_numbers: int = 0
     """Numbers that one token of one row keeps in the cache."""
     decoded_flops: float = 0.0
@@ -87,6 +82,10 @@ class StageCost:
     longest_report: int = 0
     unshared: dict[str, float] = field(default_factory=dict)
     """FLOPs of forward, backward and reference pass, were every prompt read once per report."""
+
+    def peak(self, *phases: str, cast: bool = True) -> tuple[float, float]:
+        """The fullest of these phases' peaks; without `cast` weights in bfloat16 do not count."""
+        return max((self.peaks[name] for name in phases), key=lambda peak: peak[0] - (0 if cast else peak[1]))
 
 
 def stage_cost(
@@ -104,7 +103,7 @@ def stage_cost(
     for name, phase in first.phases.items():
         pieces = [(piece, times * share) for cost, share in costs for piece, times in cost.phases[name].pieces]
         phases[name] = Phase(pieces, phase.tokens, phase.passes)
-    same = ("phases", "forward_tokens", "logits", "report", "longest_report", "unshared")
+    same = ("phases", "peaks", "forward_tokens", "logits", "report", "longest_report", "unshared")
     sums = {
         field.name: sum(getattr(cost, field.name) * share for cost, share in costs)
         for field in fields(StageCost)
@@ -112,7 +111,11 @@ def stage_cost(
     }
     unshared = {name: sum(cost.unshared[name] * share for cost, share in costs) for name in first.unshared}
     rounded = {name: value if name == "decoded_flops" else round(value) for name, value in sums.items()}
-    return replace(first, phases=phases, unshared=unshared, **rounded)
+    peaks = {}
+    for name in first.peaks:
+        all_bytes, copies = (sum(cost.peaks[name][i] * share for cost, share in costs) for i in (0, 1))
+        peaks[name] = (all_bytes, copies)
+    return replace(first, phases=phases, peaks=peaks, unshared=unshared, **rounded)
 
 
 def _stage_cost(policy: Policy, lengths: Lengths, stage: StageConfig, world: int, checkpointing: bool) -> StageCost:
@@ -185,7 +188,8 @@ def _grpo(policy: Policy, lengths: Lengths, studies: int, stage: GrpoStage, chec
     for parts in plan:
         kind = tuple(len(part.answers) for part in parts)
         kinds[kind] = kinds.get(kind, 0) + 1
-    peak = copies = tokens = logits = 0
+    peaks: dict[str, tuple[float, float]] = {}
+    tokens = logits = 0
     for kind, times in kinds.items():
         ahead, back = _update(policy, forward, [prompt] * len(kind), [[report] * n for n in kind], checkpointing)
         of_kind = forward.tokens([(len(prompt), [report] * n) for n in kind])
@@ -194,8 +198,7 @@ def _grpo(policy: Policy, lengths: Lengths, studies: int, stage: GrpoStage, chec
             phases[name].tokens += times * of_kind
             phases[name].passes += times
         if of_kind >= tokens:
-            heavier = max((ahead, back), key=lambda cost: cost.peak)
-            peak, copies, tokens, logits = heavier.peak, heavier.copies, of_kind, _logits(policy, sum(kind) * report)
+            peaks, tokens, logits = _peaks(ahead, back), of_kind, _logits(policy, sum(kind) * report)
     if stage.loss.kl:
         for kind, times in kinds.items():
             cost = _pass(policy, forward, prompt, [report] * kind[0])
@@ -203,7 +206,7 @@ def _grpo(policy: Policy, lengths: Lengths, studies: int, stage: GrpoStage, chec
         phases["reference"].tokens, phases["reference"].passes = phases["forward"].tokens, len(plan)
     cost, state = _optimiser(policy, stage)
     phases["optimiser"].pieces.append((cost, 1))
-    made = StageCost(phases, tokens, peak, copies, logits, state, cost.peak)
+    made = StageCost(phases, tokens, peaks, logits, state, cost.peak)
     _sampling(made, policy, prompt, studies, stage, report, longest)
     ahead, back = _update(policy, DENSE, [prompt], [group], checkpointing)
     made.unshared = {"forward": ahead.flops * studies, "backward": back.flops * studies}
@@ -255,7 +258,7 @@ def _sampling(
     made.kv_cache = per_token * batch * size * (len(prompt) + longest)
     # The cache is longest at the end; appending to it copies one layer at a time.
     grown = decode.peak + made.kv_cache - per_token * rows * mask_1P.shape[1]
-    made.sampling_peak, made.sampling_copies = max((prefill.peak, prefill.copies), (grown, decode.copies))
+    made.peaks |= {"prefill": (prefill.peak, prefill.copies), "decode": (grown, decode.copies)}
 
 
 def _sft(policy: Policy, lengths: Lengths, studies: int, stage: SftStage, checkpointing: bool) -> StageCost:
@@ -270,9 +273,7 @@ def _sft(policy: Policy, lengths: Lengths, studies: int, stage: SftStage, checkp
         "backward": Phase([(back, forwards)], forwards * tokens, forwards),
         "optimiser": Phase([(cost, 1)]),
     }
-    heavier = max((ahead, back), key=lambda cost: cost.peak)
-    logits = _logits(policy, size * report)
-    return StageCost(phases, tokens, heavier.peak, heavier.copies, logits, state, cost.peak)
+    return StageCost(phases, tokens, _peaks(ahead, back), _logits(policy, size * report), state, cost.peak)
 
 
 def _vision(policy: Policy, lengths: Lengths, studies: int, stage: VisionStage, checkpointing: bool) -> StageCost:
@@ -304,8 +305,11 @@ def _vision(policy: Policy, lengths: Lengths, studies: int, stage: VisionStage, 
         "backward": Phase([(back, forwards)], forwards * tokens, forwards),
         "optimiser": Phase([(cost, 1)]),
     }
-    heavier = max((ahead, back), key=lambda cost: cost.peak)
-    return StageCost(phases, tokens, heavier.peak, heavier.copies, 0, state, cost.peak)
+    return StageCost(phases, tokens, _peaks(ahead, back), 0, state, cost.peak)
+
+
+def _peaks(ahead: Cost, back: Cost) -> dict[str, tuple[float, float]]:
+    return {"forward": (ahead.peak, ahead.copies), "backward": (back.peak, back.copies)}
 
 
 def _logits(policy: Policy, predicted: int) -> int:

@@ -75,15 +75,16 @@ def moments(
     if vllm and not recipe.rollout.vllm.sleep:
         held["vLLM, colocated"] = recipe.rollout.vllm.gpu_memory_utilization * machine.memory
     gradients = {"gradients": weights.trained / shard}
-    copies = cost.update_copies
+    alive, cast = cost.peak("forward", "backward", cast=not sharded)
+    copies, logits = cast, min(cost.logits, alive - cast)
     update = held | gradients
     if sharded:  # two layers at a time, with their gradients, and what stands outside of layers
         update["gathered weights and gradients"] = 2 * weights.largest * (2 * half + 4) + weights.rest * (4 + 4)
         copies = weights.rest * half if half == 2 else 0
     update |= {
         "bfloat16 weights (autocast)": copies,
-        "logits": cost.logits,
-        "activations": cost.update_peak - cost.update_copies - cost.logits,
+        "logits": logits,
+        "activations": alive - cast - logits,
     }
     step = held | gradients | {"optimiser's temporaries": cost.optimiser_peak / shard}
     found = {"forward and backward": update, "optimiser": step}
@@ -94,10 +95,11 @@ def moments(
         elif recipe.rollout.engine == "hf":
             if sharded:
                 sampling["gathered weights"] = weights.layered * half + weights.rest * 4
+            alive, cast = cost.peak("prefill", "decode", cast=not sharded)
             sampling |= {
                 "KV cache": cost.kv_cache,
-                "bfloat16 weights (autocast)": 0 if sharded else cost.sampling_copies,
-                "activations": cost.sampling_peak - cost.kv_cache - cost.sampling_copies,
+                "bfloat16 weights (autocast)": 0 if sharded else cast,
+                "activations": max(0.0, alive - cost.kv_cache - cast),
             }
         found = {"sampling": sampling} | found
     return {moment: {name: float(size) for name, size in parts.items() if size} for moment, parts in found.items()}
