@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from unirg.errors import UserError
 from unirg.policy import EncodedPrompt, Policy
@@ -42,6 +43,11 @@ def require_vllm() -> None:
         raise UserError(f"rollout.engine: vllm cannot be used ({error}); pip install 'unirg[vllm]'") from error
 
 
+def architecture(policy: Policy) -> str:
+    """The class of the policy's model; sharding mixes another into it."""
+    return next(kind.__name__ for kind in type(policy.base).__mro__ if not issubclass(kind, FSDPModule))
+
+
 @contextmanager
 def model_source(policy: Policy) -> Iterator[str]:
     """A folder, or hub id, from which vLLM can learn the policy's architecture. A policy that was built here has none:
@@ -50,7 +56,7 @@ def model_source(policy: Policy) -> Iterator[str]:
         yield str(policy.base.name_or_path)
         return
     config = copy.deepcopy(policy.base.config)
-    config.architectures = [type(policy.base).__name__]  # which only the saving of weights writes down
+    config.architectures = [architecture(policy)]  # which only the saving of weights writes down
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         policy.save_processor(Path(folder))

@@ -33,6 +33,7 @@ from unirg.policy import EncodedPrompt, Policy
 from unirg.rollout.sampler import Sample, SamplingConfig, VllmConfig
 from unirg.rollout.vllm_inputs import (
     PromptInputs,
+    architecture,
     check_loaded,
     check_prompt,
     make_sample,
@@ -177,7 +178,7 @@ class ServerSampler:
     def _check(self, server: Server, what: dict[str, Any]) -> None:
         """Raises UserError where the server samples something else than the trainer trains."""
         wanted = {
-            "architecture": type(self.policy.base).__name__,
+            "architecture": architecture(self.policy),
             "dtype": self.policy.config.dtype,
             "logprobs_mode": "processed_logprobs",
         }
