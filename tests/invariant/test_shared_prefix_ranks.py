@@ -1,6 +1,7 @@
-"""Two ranks, under DDP and under FSDP2, give the gradients of one process on the dense path, also where a forward of
-one of them has no film."""
+"""Two ranks, under DDP and under FSDP2, give the gradients of one process, also where a forward of one of them has no
+film; and sample what it samples."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,14 +13,28 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 
+from tests import families
+from tests.conftest import invented_studies
 from tests.parity import LENGTHS, assert_same_gradients, encode, gradients, random_answers, wide_policy
 from unirg.distributed import distribute, sum_gradients
 from unirg.grpo.forward import AnswerScores, answer_logps
-from unirg.grpo.shared_prefix import packed_logps
-from unirg.policy import blank_prompt
+from unirg.grpo.shared_prefix import packed_logps, prepare
+from unirg.policy import PolicyConfig, blank_prompt, load_policy
+from unirg.prompt import PromptConfig
+from unirg.rollout.hf import HFSampler
+from unirg.study import Study
 
 WAYS = ("ddp", "fsdp2", "fsdp2 recomputed", "fsdp2 dense")
 HALVES = ("ddp half", "fsdp2 half")
+FAMILIES = (
+    families.qwen2_5_vl,
+    families.qwen3_vl_moe,
+    families.llava,
+    families.gemma3,
+    families.idefics3,
+    families.qwen3_5,  # dense
+    families.llama,
+)
 FORWARDS = (([0], [1]), ([2], [3]))  # studies by rank and forward: the second rank's first forward has no film
 
 
@@ -58,7 +73,40 @@ def one_rank(folder: Path) -> None:
             whole[name] = p.grad.full_tensor() if "fsdp2" in way else p.grad  # a collective: on every rank
         if accelerator.is_main_process:
             torch.save(whole, folder / f"{way}.pt")
+    for build in FAMILIES:
+        one_family(build, folder / build.__name__, accelerator)
     torch.distributed.destroy_process_group()
+
+
+def one_family(build: families.Builder, folder: Path, accelerator: Accelerator) -> None:
+    """A film on the first rank, a text on the second; and the same with whole weights, on each rank by itself."""
+    if accelerator.is_main_process:
+        folder.mkdir()
+        build(folder)
+    accelerator.wait_for_everyone()
+    alone, sharded = (load_policy(PolicyConfig(model=str(folder)), PromptConfig(style="short")) for _ in range(2))
+    film = invented_studies()[0]
+    text = Study("text", indication="cough", findings="The lungs are clear.")
+    studies = [film if alone.reads_images else dataclasses.replace(film, images=()), text]
+    refusals = [prepare(policy) for policy in (alone, sharded)]
+    forward = answer_logps if refusals[0] else packed_logps
+    prompts, answers = [alone.encode(study) for study in studies], random_answers(alone, ([5, 3], [4, 2]))
+    distribute(sharded.model, "fsdp2", accelerator)
+    if sharded.reads_images:
+        sharded.blank = blank_prompt(sharded)
+    own = accelerator.process_index
+    sampled = [
+        HFSampler(policy).sample([prompts[own]], [[1, 2]], temperature=1.0, max_new_tokens=5)
+        for policy in (alone, sharded)
+    ]
+    assert [sample.ids for sample in sampled[0][0]] == [sample.ids for sample in sampled[1][0]]
+    for i, prompt in enumerate(prompts):
+        forward(alone, [prompt], [answers[i]]).logps_BT.sum().backward()
+    forward(sharded, [prompts[own]], [answers[own]]).logps_BT.sum().backward()
+    found = {name: p.grad.full_tensor() for name, p in sharded.model.named_parameters() if p.grad is not None}
+    expected = {name: p.grad for name, p in alone.model.named_parameters() if p.grad is not None}
+    if accelerator.is_main_process:
+        torch.save((found, expected), folder / "gradients.pt")
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +144,11 @@ def test_half_precision_is_as_near_to_float32_with_sharded_weights(folder: Path)
 
     total = float(torch.stack([g.norm() for g in expected.values()]).norm())
     assert 0 < off("fsdp2 half") < 1.2 * off("ddp half") < 0.2 * total
+
+
+@pytest.mark.parametrize("build", FAMILIES, ids=lambda build: build.__name__)
+def test_families_with_sharded_weights(folder: Path, build: families.Builder) -> None:
+    assert_same_gradients(*torch.load(folder / build.__name__ / "gradients.pt"))
 
 
 if __name__ == "__main__":
