@@ -5,6 +5,7 @@ Each check raises UserError with lines that name the study, key or stage and say
 
 import os
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def check(recipe: Recipe, build_policy: Callable[[Sequence[Study]], Policy]) -> 
     studies.
     """
     check_trackers(recipe)
+    check_engine(recipe)
     for stage in recipe.stages:
         check_shares(stage, int(os.environ.get("WORLD_SIZE", "1")))
         if isinstance(stage, GrpoStage) and stage.shared_prefix:
@@ -178,6 +180,15 @@ def check_trackers(recipe: Recipe) -> None:
     for tracker in recipe.trackers:
         if tracker not in available:
             raise UserError(f"trackers: {tracker} is not installed; `pip install {tracker}`, or leave it out")
+
+
+def check_engine(recipe: Recipe) -> None:
+    """vLLM is installed where a grpo stage's trainer needs it: for an engine of its own, or to prepare images for a
+    server's."""
+    rollout = recipe.rollout
+    needed = rollout.engine == "vllm" and (rollout.vllm.mode == "colocate" or recipe.prompt.images)
+    if needed and any(isinstance(stage, GrpoStage) for stage in recipe.stages) and find_spec("vllm") is None:
+        raise UserError("rollout.engine: vllm is not installed; pip install 'unirg[vllm]', or set rollout.engine=hf")
 
 
 def unique(items: Sequence[Any]) -> list[Any]:

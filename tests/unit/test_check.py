@@ -83,6 +83,19 @@ def test_a_tracker_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) ->
     check.check_trackers(recipe())
 
 
+def test_an_engine_that_is_not_there_is_said_before_any_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's trainer needs vLLM too, but for prompts without images."""
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    grpo = [stage("grpo", rewards=[{"name": "bleu"}]).model_dump()]
+    served = {"engine": "vllm", "vllm": {"mode": "server", "servers": ["http://127.0.0.1:8000"]}}
+    for rollout in ({"engine": "vllm"}, served):
+        with pytest.raises(UserError, match="vllm is not installed"):
+            check.check_engine(recipe(stages=grpo, rollout=rollout))
+        check.check_engine(recipe(rollout=rollout))  # supervised alone
+    check.check_engine(recipe(stages=grpo, rollout=served, prompt={"images": False}))
+    check.check_engine(recipe(stages=grpo))
+
+
 def test_a_stage_that_trains_on_an_evaluation_metric_is_refused() -> None:
     rewards = [{"name": "bleu"}, {"name": "meteor"}]
     trained = recipe(stages=[stage("grpo", rewards=rewards).model_dump()])

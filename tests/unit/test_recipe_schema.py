@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from unirg.recipe.schema import Recipe
 
 OPTIMISER = {"learning_rate": 1e-3}
+SERVED = {"engine": "vllm", "vllm": {"mode": "server", "servers": ["http://127.0.0.1:8000"]}}
 
 
 def recipe(*stages: dict[str, Any], **keys: Any) -> Recipe:
@@ -33,6 +34,7 @@ def grpo(**keys: Any) -> dict[str, Any]:
         ([{"kind": "vision"}], {"evaluation": {"stages": ["s0"]}}, r"no stage that writes reports"),
         ([{"kind": "sft"}], {"evaluation": {"baseline": "s1"}}, r"evaluation.baseline names 's1'"),
         ([{"kind": "sft", "start": "s0"}], {}, "start names 's0', which is no earlier stage"),
+        ([grpo(), grpo(start="policy")], {"rollout": SERVED, "jobs": 2}, "have the weights of one stage at a time"),
     ],
 )
 def test_keys_that_would_do_nothing_are_errors(

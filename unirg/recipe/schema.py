@@ -239,6 +239,13 @@ class Recipe(Section):
                 raise ValueError(f"evaluation.stages names '{name}', which is no stage that writes reports ({writing})")
         return self
 
+    @model_validator(mode="after")
+    def _servers_serve_one_stage(self) -> "Recipe":
+        served = self.rollout.engine == "vllm" and self.rollout.vllm.mode == "server"
+        if served and self.jobs > 1 and sum(isinstance(stage, GrpoStage) for stage in self.stages) > 1:
+            raise ValueError("rollout.vllm.servers have the weights of one stage at a time: set jobs to 1")
+        return self
+
     def start_of(self, stage: StageConfig) -> str:
         """The name of the stage that this one starts from, or "policy"."""
         if stage.start is not None:
