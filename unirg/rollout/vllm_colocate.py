@@ -146,10 +146,12 @@ class ColocatedSampler:
 
     def close(self) -> None:
         """Ends the engine, and torch.distributed where the engine began it."""
-        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+        from vllm.distributed.parallel_state import destroy_model_parallel
 
-        self.engine.engine_core.shutdown()
-        del self.engine
-        destroy_model_parallel()
+        core = self.engine.engine_core
         if self.brought_up_torch:
-            destroy_distributed_environment()
+            core.shutdown()
+        else:  # its own end would end the trainer's process group as well
+            core.engine_core.model_executor.shutdown()
+            destroy_model_parallel()
+        del self.engine

@@ -1,0 +1,141 @@
+"""GRPO end to end on vLLM's rollouts: `unirg train` learns, on one rank and on two with sharded weights, colocated and
+from a server that hangs, is killed and comes back. The trajectory is the same each time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("vllm", reason="`make test-vllm` runs these where vLLM is installed")
+
+from tests.vllm.engines import VllmServer
+
+STEPS = 10
+SIZES = {"hidden": 64, "heads": 2, "layers": 2, "mlp": 96, "vision_hidden": 32, "vision_layers": 2}
+REWARD = '''
+def brief(candidates, references, **columns):
+    """The fewer letters the better."""
+    return [-len(candidate) / 50 for candidate in candidates]
+'''
+
+
+def write_recipe(folder: Path, **rollout: Any) -> Path:
+    (folder / "brief.py").write_text(REWARD)
+    stage = {
+        "name": "grpo",
+        "kind": "grpo",
+        "steps": STEPS,
+        "studies_per_step": 4,
+        "group_size": 6,
+        "checkpoint_every": 4,
+        "sampling": {"max_new_tokens": 12},
+        "optimiser": {"learning_rate": 4e-3, "schedule": "constant", "warmup": 0},
+        "rewards": [{"name": f"{folder / 'brief.py'}:brief"}],
+    }
+    recipe = {
+        "name": "vllm",
+        "output": str(folder / "run"),
+        "threads": 1,
+        "data": {"adapter": "phantom", "train": 12, "dev": 0, "test": 0, "unseen": 0, "size": 64},
+        "prompt": {"style": "short"},
+        "policy": {"tiny": {"vocabulary": 400, "image_size": 64, **SIZES}, "max_prompt_tokens": 100},
+        "rollout": {"engine": "vllm", "vllm": rollout},
+        "stages": [stage],
+        "evaluation": {"splits": []},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def start(folder: Path, *before: str, overrides: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    command = [sys.executable, *before, "-m", "unirg", "train", str(folder / "recipe.yaml"), *overrides]
+    if before:
+        command = [sys.executable, *before, "--module", "unirg", "train", str(folder / "recipe.yaml"), *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    path = folder / "run" / "stages" / "grpo" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def colocated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("colocated")
+    write_recipe(folder)
+    assert "sleep: needs CUDA" in finish(start(folder))
+    return folder
+
+
+def test_it_learns_from_samples_whose_log_probs_are_the_trainers(colocated: Path) -> None:
+    steps = metrics(colocated)
+    rewards = [step["reward"] for step in steps]
+    assert len(steps) == STEPS and sum(rewards[-3:]) > sum(rewards[:3]) + 0.1
+    for step in steps:
+        assert step["sampling/sampling_logp_difference/max"] < 1e-4
+        assert abs(step["sampling/importance_sampling_ratio/mean"] - 1) < 1e-4
+        assert step["time/weights"] > 0 and step["time/sampling"] > 0
+    assert (colocated / "run" / "stages" / "grpo" / "final" / "model.safetensors").exists()
+
+
+def test_two_ranks_with_sharded_weights_sample_the_same(colocated: Path, tmp_path: Path) -> None:
+    """An engine on each rank, filled from shards."""
+    write_recipe(tmp_path)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    finish(start(tmp_path, *torchrun, overrides=("distributed.strategy=fsdp2", "stages.grpo.steps=3")))
+    for one, two in zip(metrics(colocated), metrics(tmp_path)):
+        assert two["reward"] == pytest.approx(one["reward"], abs=1e-6)
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_a_server_that_hangs_and_one_that_is_killed_lose_nothing(colocated: Path, tmp_path: Path) -> None:
+    """It hangs: the run ends, with who waited for whom and a checkpoint of the last whole step. It is killed and
+    started again: the same command waits for it, and goes on as if nothing had been."""
+    recipe = yaml.safe_load(write_recipe(tmp_path).read_text())
+    server = VllmServer(tmp_path / "model", tmp_path / "server.log")
+    model = "import sys, yaml, unirg.stages as s; from pathlib import Path; from unirg.recipe.load import load_recipe\n"
+    model += "from unirg.data import load_studies; recipe = load_recipe(Path(sys.argv[1]))\n"
+    model += "s.initial_policy(recipe, None, load_studies(recipe.data, 'train')).save(Path(sys.argv[2]))"
+    subprocess.run([sys.executable, "-c", model, str(tmp_path / "recipe.yaml"), str(server.model)], check=True)
+    write_recipe(tmp_path, mode="server", servers=[server.url], timeout=5.0, wait=2.0)
+    server.start()
+    try:
+        server.wait()
+        process = start(tmp_path)
+        while len(metrics(tmp_path)) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        server.signal(signal.SIGSTOP)
+        output, _ = process.communicate(timeout=200)
+        done = len(metrics(tmp_path))
+        assert process.returncode == 2 and 2 <= done < STEPS, output[-3000:]
+        flat = " ".join(output.split())
+        assert f"s for {server.url} (" in flat and "rank 0 waited" in flat
+        assert f"goes on from step {done}" in flat
+        assert (tmp_path / "run" / "stages" / "grpo" / f"step-{done:06d}").exists()
+
+        server.kill()
+        server.start()
+        output = finish(start(tmp_path, overrides=("rollout.vllm.wait=300",)))
+        assert f"goes on from step {done}" in output and "asking again" in output
+    finally:
+        server.kill()
+    assert recipe["stages"][0]["steps"] == STEPS == len(metrics(tmp_path))
+    for one, two in zip(metrics(colocated), metrics(tmp_path)):
+        assert two["reward"] == pytest.approx(one["reward"], abs=1e-6), one["step"]
