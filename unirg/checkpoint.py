@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unirg import ranks
 from unirg.errors import UserError
-from unirg.run import write_atomically
+from unirg.run import sync, write_atomically
 
 FILE_BYTES = 1 << 30
 """About what a rank holds of other ranks' shards before it writes them."""
@@ -198,19 +198,11 @@ def _put_in_place(part: Path, whole: Path, state: Mapping[str, Any], files: File
     text = json.dumps(state).encode()
     _on_disk(part / "state.json", text)
     _on_disk(part / "checksums.json", json.dumps(files | {"state.json": _entry(text)}, indent=1).encode())
-    _sync(part)
+    sync(part)
     shutil.rmtree(whole, ignore_errors=True)
     part.rename(whole)
-    _sync(whole.parent)
+    sync(whole.parent)
     write_atomically(whole.parent / "latest", whole.name + "\n")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from unirg.errors import UserError
+
 
 def rank() -> int:
     """This process's rank; 0 where there is one process."""
@@ -57,6 +59,11 @@ def numbers(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {shown}"
 
 
-def restart() -> str:
-    """Which start of an elastic job this is: `torchrun --max-restarts` counts them."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+def check_restarts() -> None:
+    """Raises UserError where torchrun would start ranks again and they could not meet: it keeps one store over all
+    starts, in which the second finds the addresses of the first (pytorch issue 135712)."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > 0:
+        raise UserError(
+            "torchrun --max-restarts: ranks that are started again would look for the dead ones in the store that "
+            "torchrun shares between starts; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+        )

@@ -43,6 +43,15 @@ def write_atomically(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def sync(path: Path) -> None:
+    """Returns when a file, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def stage_folder(run: Path, stage: str) -> Path:
     """Where a stage keeps its checkpoints."""
     return run / "stages" / stage

@@ -24,8 +24,9 @@ from typing import TextIO
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
+from safetensors import SafetensorError
 
-from unirg import checkpoint, signals
+from unirg import checkpoint, ranks, signals
 from unirg import run as run_folder
 from unirg.check import check, check_shares
 from unirg.data import fingerprint, load_studies
@@ -56,6 +57,7 @@ def train(recipe: Path, overrides: Sequence[str] = ()) -> int:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         signals.end_with_parent()
+    ranks.check_restarts()
     with signals.handled(), ExitStack() as held:
         return _train(load_recipe(recipe, overrides), held)
 
@@ -236,18 +238,28 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
     if unsharded is not None:
         full = filled(unsharded, policy.model, accelerator.is_main_process)
         policy = replace(policy, model=full)
-    if accelerator.is_main_process:
-        final = run_folder.final_folder(run, stage.name)
-        part = final.with_name(".final.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        policy.save(part)
-        part.rename(final)
-        checkpoint.clear(work.folder)
-    accelerator.wait_for_everyone()
+    with work.together("final policy"):
+        if accelerator.is_main_process:
+            put_in_place(policy, run_folder.final_folder(run, stage.name))
+            checkpoint.clear(work.folder)
     signals.at_once(True)  # they waited since the last step
     if recipe.trackers:
         accelerator.end_training()
+
+
+def put_in_place(policy: Policy, final: Path) -> None:
+    """The stage's result: `final` exists when it is whole and on disk. Raises UserError where the disk is full."""
+    part = final.with_name(".final.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        policy.save(part)
+    except SafetensorError as error:
+        raise UserError(f"{part}: cannot be written ({error}); make room, and the same command goes on") from error
+    for path in (*part.iterdir(), part):
+        run_folder.sync(path)
+    part.rename(final)
+    run_folder.sync(final.parent)
 
 
 def hold(folder: Path) -> TextIO:
@@ -357,6 +369,7 @@ if __name__ == "__main__":  # python -m unirg.stages RUN STAGE...: what a run si
     _recipe = load_recipe(_run / "recipe.yaml")
     signals.end_with_parent()
     try:
+        ranks.check_restarts()
         with signals.handled():
             for _stage in (stage for stage in _recipe.stages if stage.name in sys.argv[2:]):
                 if not run_folder.final_folder(_run, _stage.name).exists():

@@ -127,7 +127,8 @@ class StageRun:
         except OSError as error:
             if error.errno not in DISK:
                 raise
-            failure = UserError(f"stage {self.stage.name}: a file cannot be written or read ({error})")
+            words = f"a file cannot be written or read ({error}); put that right, and the same command goes on"
+            failure = UserError(f"stage {self.stage.name}: {words}")
             failure.__cause__ = error
         self.meet(f"what follows {phase}", failure)
 

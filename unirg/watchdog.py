@@ -8,12 +8,14 @@ ranks that wait in a collective are silent until the engine's own timeout, whose
 import json
 import os
 import platform
+import queue
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -22,6 +24,8 @@ from unirg import ranks
 
 STATUS = 124
 """The exit status of a rank that has waited too long, as of `timeout`."""
+ANSWER_SECONDS = 20
+"""How long the store may take to say where the others are."""
 
 _place: dict[str, Any] = {}
 """Where this rank is: `count` of the places it has come to (equal on all ranks at one place), `phase`, `waits` for the
@@ -48,42 +52,55 @@ def watching(timeout: float) -> Iterator[None]:
         return
     _place.clear()
     comes_to("start")
-    ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(timeout, ended), name="watchdog", daemon=True)
-    thread.start()
+    ended, late = threading.Event(), threading.Event()
+    verdicts: queue.SimpleQueue[str] = queue.SimpleQueue()
+    # Two, since a store whose host is stopped may keep the one that asks it for ever.
+    for job in (partial(_post, timeout, ended, late, verdicts), partial(_watch, timeout, ended, late, verdicts)):
+        threading.Thread(target=job, name="watchdog", daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-        thread.join()
 
 
-def _watch(timeout: float, ended: threading.Event) -> None:
-    interval = min(10.0, timeout / 10)
-    board = None
-    while not ended.wait(interval):
-        late = time.monotonic() - _place["since"] >= timeout
-        verdict = ""
+def _watch(timeout: float, ended: threading.Event, late: threading.Event, verdicts: "queue.SimpleQueue[str]") -> None:
+    while not ended.wait(min(10.0, timeout / 10)):
+        if time.monotonic() - _place["since"] < timeout:
+            continue
+        late.set()
         try:
-            board = board or _board()
-            board.set(f"rank/{ranks.rank()}", json.dumps(_report()))
-            if late:
-                verdict = _verdict(_reports(board))
-        except dist.DistError:  # the store's host is slow, stopped or gone
-            board = None
+            verdict = verdicts.get(timeout=ANSWER_SECONDS)
+        except queue.Empty:
+            shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            holder = "torchrun on the first host" if shared else "rank 0"
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            verdict = f"{_where(_report())}; the ranks' store at {address} does not answer"
-        if late and not ended.is_set():
+            verdict = f"{_where(_report())}; {holder}, which holds the ranks' store ({address}), does not answer"
+        if not ended.is_set():
             end = "The run ends here; started again, it goes on from its last checkpoint"
             print(f"{verdict}. {end}", file=sys.stderr, flush=True)
             os._exit(STATUS)  # the main thread waits in a collective that nothing else ends
 
 
+def _post(timeout: float, ended: threading.Event, late: threading.Event, verdicts: "queue.SimpleQueue[str]") -> None:
+    """Writes where this rank is, again and again, and reads the others where it is late."""
+    board = None
+    while not ended.is_set():
+        try:
+            board = board or _board()
+            board.set(f"rank/{ranks.rank()}", json.dumps(_report()))
+            if late.is_set():
+                verdicts.put(_verdict(_reports(board)))
+                return
+        except dist.DistError:  # the store's host is slow, stopped or gone
+            board = None
+        late.wait(min(10.0, timeout / 10))
+
+
 def _board() -> dist.Store:
     """The store that the ranks met at, reached anew: the process group's own connection may be busy with waiting."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
-    return dist.PrefixStore(f"unirg/watchdog/{ranks.restart()}", store)
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=ANSWER_SECONDS / 2))
+    return dist.PrefixStore(f"unirg/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _report() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -114,6 +115,7 @@ class Trainer:
         assert server.stdout is not None
         self._server, self._log, self._from = server, log, log.stat().st_size if log.exists() else 0
         self.pid = int(server.stdout.readline())
+        self.ended = False
 
     @property
     def said(self) -> str:
@@ -122,10 +124,15 @@ class Trainer:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def stands_still(self) -> bool:
+        """Whether SIGSTOP has stopped it."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
     def wait(self) -> int:
         """128 + the signal's number where it was killed."""
         assert self._server.stdout is not None
         status = os.waitstatus_to_exitcode(int(self._server.stdout.readline()))
+        self.ended = True
         return status if status >= 0 else 128 - status
 
 
@@ -141,16 +148,20 @@ def warm() -> Iterator[Start]:
     )
     assert server.stdin is not None
     stdin = server.stdin
+    started: list[Trainer] = []
 
     def start(run: Path, *stages: str, **asked: Any) -> Trainer:
         log = run.with_suffix(".log")
         request = {"arguments": [str(run), *(stages or STAGES)], "log": str(log), "folder": str(run.parent), **asked}
         stdin.write(json.dumps(request) + "\n")
         stdin.flush()
-        return Trainer(server, log)
+        started.append(Trainer(server, log))
+        return started[-1]
 
     try:
         yield start
     finally:
+        if started and not started[-1].ended:  # a test that failed while it waited
+            started[-1].signal(signal.SIGKILL)
         stdin.close()
         server.wait()

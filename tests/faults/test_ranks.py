@@ -1,0 +1,131 @@
+"""Ranks that die, stall or are stopped, under torchrun, with weights on every rank and with weights in shards."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.faults.runs import digests, environment, prepare, wait_for
+from unirg import run as run_folder
+
+pytestmark = pytest.mark.faults
+STEPS = 30
+OPTIONS = (
+    "policy.lora=null",
+    "stages.sft.start=policy",
+    f"stages.sft.steps={STEPS}",
+    "stages.sft.keep=last",
+    "stages.sft.evaluate_every=null",
+    "stages.sft.checkpoint_every=2",
+    "stages.sft.studies_per_forward=1",
+    "distributed.timeout=6",
+)
+
+
+class Job:
+    """torchrun with two ranks on the stage `sft` of a run."""
+
+    def __init__(self, run: Path, *options: str) -> None:
+        self.folder, self._log = run / "stages" / "sft", run.with_suffix(".log")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += ["--shutdown-timeout", "10", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", *options]
+        with self._log.open("a") as log:
+            self.process = subprocess.Popen(
+                [*command, "-m", "unirg.stages", str(run), "sft"],
+                cwd=run.parent,
+                # Without it torchrun's second start finds the addresses of the first, and hangs.
+                env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
+                stdout=log,
+                stderr=log,
+            )
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def steps(self) -> int:
+        return len(run_folder.read_metrics(self.folder))
+
+    def rank(self, number: int) -> int:
+        """The process of a rank."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for child in map(int, children):
+            if f"RANK={number}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                return child
+        raise AssertionError(f"no rank {number}: {self.said}")
+
+
+@contextmanager
+def job(run: Path, *options: str) -> Iterator[Job]:
+    started = Job(run, *options)
+    try:
+        yield started
+    finally:
+        if started.process.poll() is None:  # a test that failed
+            started.process.kill()
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def strategy(request: pytest.FixtureRequest) -> str:
+    return f"distributed.strategy={request.param}"
+
+
+@pytest.fixture(scope="module")
+def alone(strategy: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run on two ranks that nothing happened to."""
+    run = prepare(tmp_path_factory.mktemp("alone"), "run", *OPTIONS, strategy)
+    with job(run) as undisturbed:
+        assert undisturbed.process.wait(300) == 0, undisturbed.said
+    return run
+
+
+def test_a_rank_is_killed_and_another_stalls(alone: Path, strategy: str, tmp_path: Path) -> None:
+    """torchrun starts all ranks again, twice, and they go on by themselves. The one that stalls is named by the one
+    that waits for it."""
+    run = prepare(tmp_path, "run", *OPTIONS, strategy)
+    with job(run, "--max-restarts", "2") as disturbed:
+        wait_for(lambda: disturbed.steps() >= 3)
+        os.kill(disturbed.rank(1), signal.SIGKILL)
+        wait_for(lambda: "goes on from step" in disturbed.said)
+        before = disturbed.steps()
+        wait_for(lambda: disturbed.steps() > before + 5)
+        stalled = disturbed.rank(1)
+        os.kill(stalled, signal.SIGSTOP)
+        assert disturbed.process.wait(300) == 0, disturbed.said
+        assert f"process {stalled}) has" in disturbed.said
+        said = next(line for line in disturbed.said.splitlines() if f"process {stalled}) has" in line)
+        assert "rank 1 (host" in said and "of stage sft for" in said and "rank 0 waits at" in said, said
+        assert disturbed.said.count("goes on from step") == 2
+    assert disturbed.steps() == STEPS
+    assert digests(run) == digests(alone) and digests(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_to_torchrun(alone: Path, strategy: str, tmp_path: Path, number: int) -> None:
+    """The ranks stop together, with a checkpoint that another number of ranks can go on from."""
+    run = prepare(tmp_path, "run", *OPTIONS, strategy, "stages.sft.checkpoint_every=1000")
+    with job(run) as stopped:
+        wait_for(lambda: stopped.steps() >= 3)
+        stopped.process.send_signal(number)
+        assert stopped.process.wait(120) != 0
+    name = signal.Signals(number).name
+    assert stopped.said.count(f"sft: stopped by {name}: the same command goes on from step") == 2
+    step = int((stopped.folder / "latest").read_text().strip().rpartition("-")[2])
+    assert step in (stopped.steps(), stopped.steps() + 1)
+    if number == signal.SIGUSR1:
+        with job(run) as resumed:
+            assert resumed.process.wait(300) == 0, resumed.said
+        assert digests(run) == digests(alone)
+    else:
+        command = [sys.executable, "-m", "unirg.stages", str(run), "sft"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0 and f"goes on from step {step}" in done.stdout, done.stderr
+        ours, theirs = (run_folder.read_metrics(r / "stages" / "sft") for r in (run, alone))
+        # Float32 sums in another order, which AdamW amplifies.
+        for record, expected in zip(ours, theirs, strict=True):
+            assert record["loss"] == pytest.approx(expected["loss"], rel=2e-3)
