@@ -95,6 +95,25 @@ def test_samples_follow_seeds_and_nothing_else(sampler: ColocatedSampler, prompt
     assert [[s.ids for s in group] for group in other] != [[s.ids for s in group] for group in alone]
 
 
+def test_a_group_is_told_while_others_are_written(
+    sampler: ColocatedSampler, policy: Policy, prompts: list[EncodedPrompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shortest first; a tenth of the vocabulary ends a report here, so that they are of many lengths."""
+    monkeypatch.setattr(policy, "stop_ids", (*policy.stop_ids, *range(40)))
+    told: list[tuple[int, int]] = []
+    going_on: list[bool] = []
+
+    def finished(i: int, g: int, sample: Sample) -> None:
+        told.append((i, g))
+        going_on.append(sampler.engine.has_unfinished_requests())
+
+    seeds = [[7 * i + g for g in range(1 + i % 3)] for i in range(12)]
+    groups = sampler.sample(prompts * 3, seeds, temperature=1.0, max_new_tokens=TOKENS, finished=finished)
+    assert sorted(told) == [(i, g) for i in range(12) for g in range(1 + i % 3)] and going_on.count(True) > 6
+    longest = [max(len(sample.ids) for sample in groups[i]) for i, _ in told]
+    assert longest == sorted(longest) and len(set(longest)) > 3
+
+
 def test_samples_follow_the_weights(sampler: ColocatedSampler, policy: Policy, prompts: list[EncodedPrompt]) -> None:
     """The vision tower's too: its features of the same film are computed anew."""
     before = same_greedy_reports(sampler, policy, prompts)
@@ -108,21 +127,6 @@ def test_samples_follow_the_weights(sampler: ColocatedSampler, policy: Policy, p
     sampler.sync_weights()
     seen = same_greedy_reports(sampler, policy, prompts)
     assert max(abs(a - b) for s, t in zip(after, seen) for a, b in zip(s.logps, t.logps)) > 1e-3
-
-
-def test_a_group_is_told_while_others_are_written(sampler: ColocatedSampler, prompts: list[EncodedPrompt]) -> None:
-    told: list[tuple[int, int]] = []
-    going_on: list[bool] = []
-
-    def finished(i: int, g: int, sample: Sample) -> None:
-        told.append((i, g))
-        going_on.append(sampler.engine.has_unfinished_requests())
-
-    seeds = [[7 * i + g for g in range(1 + i % 3)] for i in range(24)]
-    groups = sampler.sample(prompts * 6, seeds, temperature=1.0, max_new_tokens=TOKENS, finished=finished)
-    assert sorted(told) == [(i, g) for i in range(24) for g in range(1 + i % 3)] and going_on[0] and not going_on[-1]
-    longest = {i: max(len(sample.ids) for sample in group) for i, group in enumerate(groups)}
-    assert [longest[i] for i, _ in told] == sorted(longest[i] for i, _ in told)
 
 
 def test_an_error_leaves_nothing_behind(
