@@ -161,7 +161,7 @@ def draw(measured: list[dict[str, Any]], path: Path) -> None:
     shown = set()
     for rank, own in enumerate(measured):
         for name, started, ended in own["events"]:
-            if ended < begin:
+            if ended < begin or ended - started < 0.002:  # too short to be seen
                 continue
             lane = 2 * rank + (name == "rewards (workers)")
             label = None if name in shown else name
