@@ -44,13 +44,16 @@ class RolloutServer:
             said = {"architecture": type(self.policy.base).__name__, "dtype": "float32", "max_model_len": 4100}
             said |= {"logprobs_mode": "processed_logprobs", "version": self.version}
             return {"results": [said | self.describes]}
-        if path == "/collective_rpc":
-            host, port, token, version, timeout = body["args"]
+        if path == "/collective_rpc" and body["method"] == "unirg_fetch":
             self.version = None
-            self.loaded = {name: tensor.clone() for name, tensor in receive_weights(host, port, token, timeout)}
-            missing = [name for name, _ in self.policy.base.named_parameters() if name not in self.loaded]
-            self.version, self.pushes = version, self.pushes + 1
-            return {"results": [{"version": version, "missing": missing}]}
+            self.loaded = {name: tensor.clone() for name, tensor in receive_weights(*body["args"])}
+            self.pushes += 1
+            return {
+                "results": [{"missing": [n for n, _ in self.policy.base.named_parameters() if n not in self.loaded]}]
+            }
+        if path == "/collective_rpc":
+            (self.version,) = body["args"]
+            return {"results": [{"version": self.version}]}
         if path == "/inference/v1/generate":
             wanted = body["sampling_params"]
             ids = self._first_tokens(body["token_ids"], wanted)

@@ -213,14 +213,26 @@ def test_another_prompt_than_the_trainers_ends_the_run(
         sample(sampler_of(policy, server), studies[:1])
 
 
-def test_a_push_that_breaks_off_is_made_again(policy: Policy, studies: list[Study]) -> None:
-    """The first push is dropped by the server: its error is told, and the samples wait for the second."""
-    with serve(policy, script=lambda path, number: "drop" if (path, number) == (RPC, 1) else None) as server:
+@pytest.mark.parametrize(
+    "dropped, pushes", [((RPC, 1), 1), (("/reset_prefix_cache", 0), 2), (("/reset_encoder_cache", 0), 2), ((RPC, 2), 2)]
+)
+def test_a_push_that_breaks_off_is_made_again(
+    policy: Policy,
+    studies: list[Study],
+    dropped: tuple[str, int],
+    pushes: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Wherever the server drops it, also after the last tensor: until it has forgotten what it computed with other
+    weights, its own are not those that were sent. That is told, and the samples wait for the second."""
+    with serve(policy, script=lambda path, number: "drop" if (path, number) == dropped else None) as server:
         sampler = sampler_of(policy, server)
         sampler.sync_weights()
-        assert sampler.away[server.url].startswith("weights: ") and server.pushes == 0
+        assert sampler.away[server.url].startswith("weights: ") and server.version is None
+        assert f"goes on without {server.url} (weights: " in " ".join(capsys.readouterr().out.split())
         groups = sample(sampler, studies)
         assert [group[0].ids[0] for group in groups] == [first_token(policy, study) for study in studies]
+        assert server.pushes == pushes
 
 
 def test_a_stream_of_weights_wants_its_token_and_its_end() -> None:

@@ -40,7 +40,7 @@ class ColocatedSampler:
         from vllm import LLM
 
         cuda = torch.cuda.is_available()
-        self.policy, self.sleeps, self.asleep, self.version = policy, config.sleep and cuda, False, 0
+        self.policy, self.sleeps, self.asleep, self.filled = policy, config.sleep and cuda, False, False
         if config.sleep and not cuda:
             console.print("rollout.vllm.sleep: needs CUDA, so vLLM keeps its memory here", highlight=False)
         set_threads, threads = torch.set_num_threads, torch.get_num_threads()
@@ -81,15 +81,15 @@ class ColocatedSampler:
         if self.asleep:
             torch.cuda.empty_cache()
             self.engine.wake_up(tags=["weights"])
-        self.version += 1
         weights = named_weights(self.policy.model, getattr(torch, self.policy.config.dtype))
-        (loaded,) = self.engine.collective_rpc("unirg_load", args=(weights, str(self.version)))
+        (loaded,) = self.engine.collective_rpc("unirg_load", args=(weights,))
         check_loaded(loaded, "vLLM")
         if self.asleep:
             self.engine.wake_up(tags=["kv_cache"])
             self.asleep = False
         self.engine.reset_prefix_cache()
         self.engine.reset_encoder_cache()
+        self.filled = True
 
     def sample(
         self,
@@ -104,7 +104,7 @@ class ColocatedSampler:
         read another prompt than the trainer's."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        if self.asleep or not self.version:  # asleep, it has no weights
+        if self.asleep or not self.filled:  # asleep, it has no weights
             self.sync_weights()
         groups: dict[int, list[Sample]] = {}
         device = self.policy.device.type

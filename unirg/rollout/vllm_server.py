@@ -123,6 +123,7 @@ class ServerSampler:
         self.pushes = 0
         self.away: dict[str, str] = {}
         """Why a server is left alone, by its address."""
+        self.told: set[str] = set()
 
     @property
     def version(self) -> str:
@@ -133,6 +134,10 @@ class ServerSampler:
         `sample` that finds none waits for them. Raises UserError on all ranks where a server does not fit the run."""
         self.pushes += 1
         self._push()
+        if ranks.rank() == 0 and self.away and self.away.keys() != self.told:
+            servers = "; ".join(f"{url} ({why})" for url, why in self.away.items())
+            console.print(f"[yellow]goes on without {servers}[/yellow]", highlight=False, soft_wrap=True)
+        self.told = set(self.away)
 
     def _push(self) -> None:
         """Pushes the current weights to the servers that do not have them."""
@@ -218,7 +223,7 @@ class ServerSampler:
                 closing(WeightStream(server.host, server.port, workers, timeout)) as stream,
                 ThreadPoolExecutor(1) as pool,
             ):
-                where = (*stream.address, stream.token, self.version, timeout)
+                where = (*stream.address, stream.token, timeout)
                 fetch = pool.submit(server.workers, "unirg_fetch", *where, timeout=timeout)
                 try:
                     stream.accept(fetch.done)
@@ -232,8 +237,10 @@ class ServerSampler:
                         raise
                 for loaded in fetch.result():
                     check_loaded(loaded, server.url)
-            for cache in ("prefix_cache?reset_running_requests=true", "encoder_cache"):
-                server.post(f"/reset_{cache}", {}, timeout)
+            if not server.post("/reset_prefix_cache?reset_running_requests=true", {}, timeout)["success"]:
+                raise Fault("it does not forget its prompts")
+            server.post("/reset_encoder_cache", {}, timeout)
+            server.workers("unirg_name", self.version, timeout=timeout)  # last: only now it samples what it should
         finally:
             while more and tensors.get() is not None:
                 pass

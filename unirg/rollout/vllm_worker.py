@@ -29,7 +29,8 @@ class WeightReceiver:
     model_runner: Any
     vllm_config: Any
     unirg_version: str | None = None
-    """The version of the weights in place; None for those that the engine was started with, or half of an update."""
+    """The version of the weights in place; None for those that the engine was started with, or an update that is not
+    done."""
 
     def unirg_describe(self) -> dict[str, Any]:
         """What a trainer must know before it samples here."""
@@ -42,19 +43,21 @@ class WeightReceiver:
             "architecture": model.architecture,
         }
 
-    def unirg_fetch(self, host: str, port: int, token: str, version: str, timeout: float) -> dict[str, Any]:
+    def unirg_fetch(self, host: str, port: int, token: str, timeout: float) -> dict[str, Any]:
         """Loads the weights that the trainer streams from this address."""
-        return self.unirg_load(receive_weights(host, port, token, timeout), version)
+        return self.unirg_load(receive_weights(host, port, token, timeout))
 
-    def unirg_load(self, weights: Iterable[tuple[str, torch.Tensor]], version: str) -> dict[str, Any]:
-        """Loads weights under Hugging Face names, one at a time. Returns the version in place, and the parameters that
-        none of them filled, which would have stayed as they were: those must be none."""
+    def unirg_load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+        """Loads weights under Hugging Face names, one at a time. Returns the parameters that none of them filled, which
+        stayed as they were: those must be none. The weights have no version until the trainer names them."""
         self.unirg_version = None
         model = self.model_runner.model
         filled: set[str] = set()
         for name, tensor in weights:
             filled |= model.load_weights([(name, tensor)]) or set()
-        missing = [name for name, _ in model.named_parameters() if name not in filled]
-        if not missing:
-            self.unirg_version = version
-        return {"version": self.unirg_version, "missing": missing}
+        return {"missing": [name for name, _ in model.named_parameters() if name not in filled]}
+
+    def unirg_name(self, version: str) -> dict[str, Any]:
+        """Gives the weights in place their version: they are whole, and nothing is left of what others computed."""
+        self.unirg_version = version
+        return {"version": version}
