@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 OPENI := $(or $(UNIRG_OPENI),$(CURDIR)/.cache/openi)
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds demo-openi test test-parity test-multinode test-vllm check openi clean
+.PHONY: help install demo demo-seeds demo-openi test test-parity test-faults test-multinode test-vllm check openi clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
@@ -69,6 +69,9 @@ environment = test -x $(1)/bin/python || $(PYTHON) -m venv $(1); \
 	($$pip "$$torch+cpu" 2>/dev/null || $$pip "$$torch") && $$pip
 
 # Network namespaces stand for hosts, which takes root; where that is not allowed the tests say so and are skipped.
+test-faults: install ## real runs killed, stopped, stalled and starved of disk, and what they end with; minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -m faults tests/faults
+
 test-multinode: install ## torchrun and SLURM scripts on two nodes and one for rewards; minutes
 	UNIRG_MULTINODE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/multinode
 
