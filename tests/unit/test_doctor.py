@@ -168,6 +168,19 @@ def test_a_reward_that_cannot_be_loaded_fails(written: Written) -> None:
     assert "/no/archive" in bad(recipe.check_recipe(path, []))
 
 
+def test_a_server_that_does_not_answer_fails_and_is_not_waited_for(written: Written) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    grpo = {"name": "g", "kind": "grpo", "steps": 1, "studies_per_step": 1, "optimiser": {"learning_rate": 1e-3}}
+    rewards = [{"name": "bleu"}, {"name": "rouge_l", "server": url}]
+    rollout = {"engine": "vllm", "vllm": {"mode": "server", "servers": [url]}}
+    findings = list(recipe.check_recipe(written(stages=[grpo | {"rewards": rewards}], rollout=rollout), []))
+    failed = bad(iter(findings))
+    assert f"{url} does not answer" in failed
+    assert "unirg rewards serve" in failed and "unirg rollout-server" in failed
+    assert Finding("rewards", "ok", "stage g: bleu") in findings
+
+
 def test_studies_that_do_not_divide_by_the_ranks_fail(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "must divide evenly by 4 ranks" in bad(recipe.check_recipe(written(), []))

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from unirg.recipe.load import load_recipe
 from unirg.recipe.schema import GrpoStage, Recipe, VisionStage
 
 WEIGHTS = ("*.safetensors", "*.json")
+PROBE = 5.0
+"""Seconds that a server may take to say that it is there."""
 BYTES_PER_WEIGHT = 4
 """Checkpoints and final folders hold float32."""
 
@@ -34,7 +37,20 @@ def check_recipe(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
         weights = count
         yield finding
     yield from _data(recipe)
-    yield from _rewards(recipe)
+    silent = []
+    for url, start in _servers(recipe):
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=PROBE):
+                yield Finding("servers", "ok", f"{url} answers")
+        except OSError as error:
+            silent.append(url)
+            why = getattr(error, "reason", None) or error
+            yield Finding(
+                "servers",
+                "fail",
+                f"{url} does not answer ({why}): has `{start}` been started, and can this node reach it?",
+            )
+    yield from _rewards(recipe, silent)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     for stage in recipe.stages:
         yield from _tried(
@@ -115,8 +131,18 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
             )
 
 
-def _rewards(recipe: Recipe) -> Iterator[Finding]:
-    """Rewards and metrics load in workers, and judge a few training studies' own reports."""
+def _servers(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The addresses that the recipe names, each with the command that listens there."""
+    if recipe.rollout.engine == "vllm":
+        yield from ((url, "unirg rollout-server") for url in recipe.rollout.vllm.servers)
+    rewards = [reward for stage in recipe.stages if isinstance(stage, GrpoStage) for reward in stage.rewards]
+    named = [reward.server for reward in (*rewards, *recipe.evaluation.metrics) if reward.server is not None]
+    yield from ((url, "unirg rewards serve") for url in unique(named))
+
+
+def _rewards(recipe: Recipe, silent: Sequence[str]) -> Iterator[Finding]:
+    """Rewards and metrics load in workers, or are known to their server, and judge a few training studies' own reports.
+    Those of `silent` servers are left out: their clients would wait."""
     groups = {f"stage {stage.name}": stage.rewards for stage in recipe.stages if isinstance(stage, GrpoStage)}
     if recipe.evaluation.metrics:
         groups["evaluation"] = recipe.evaluation.metrics
@@ -125,7 +151,10 @@ def _rewards(recipe: Recipe) -> Iterator[Finding]:
     except UserError:  # said where the data are looked at
         yield Finding("rewards", "warn", "not tried: there are no studies to try them on")
         return
-    for user, configs in groups.items():
+    for user, every in groups.items():
+        configs = [config for config in every if config.server not in silent]
+        if not configs:
+            continue
         labels = ", ".join(config.log_label for config in configs)
         yield from _tried("rewards", f"{user}: {labels}", partial(check_rewards, configs, studies))
 
@@ -151,7 +180,7 @@ def _disk(recipe: Recipe, weights: int | None) -> Iterator[Finding]:
         yield Finding(area, "ok", text)
         return
     # A checkpoint has the weights and AdamW's two moments: those that are kept, one being written, and `best`.
-    kept = 2 + 1
+    kept = max(stage.keep_checkpoints for stage in recipe.stages) + 1
     adapted = recipe.policy.lora is not None
     checkpoints = 0 if adapted else BYTES_PER_WEIGHT * weights * (3 * kept + 1)
     need = checkpoints + BYTES_PER_WEIGHT * weights * len(recipe.stages)
