@@ -86,7 +86,8 @@ def load(
     """Reads a checkpoint into `weights` and `optimiser` and returns its state; None where the folder has none.
 
     It is the one that `latest` names, or else the newest; one that is not whole is passed over, in words that go to
-    `warn`, for the one before it. With `step` it is that one and no other. All ranks call it, and come to the same.
+    `warn`, for the one before it. With `step` it is that one and no other, of a stage's folder `best`. All ranks call
+    it, and come to the same.
 
     Raises UserError where there are checkpoints and none is whole, ValueError where the one found is of another policy.
     """
@@ -102,9 +103,10 @@ def load(
             continue
         return _read(folder / name, weights, optimiser)
     if problems:
+        stage = folder if step is None else folder.parent
         raise UserError(
             f"{folder}: no checkpoint is whole ({'; '.join(problems)}). Put one back from a copy; or remove "
-            f"{folder}, and the same command trains the stage from its start"
+            f"{stage}, and the same command trains the stage from its start"
         )
     return None
 

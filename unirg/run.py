@@ -75,9 +75,17 @@ def package_versions() -> dict[str, str]:
 
 FREE = ("jobs", "threads", "distributed", "rollout.vllm", "output", "trackers", "evaluation")
 """What a recipe may say anew of a run that exists: how it is run and judged, not what it learns."""
-FREE_IN_STAGES = ("shared_prefix", "shared_prefix_kernel", "shared_prefix_mismatch", "tokens_per_forward", "server")
-"""The same of a stage: how its forwards are made, where its rewards are scored. The numbers stay the same to rounding.
-"""
+FREE_IN_STAGES = (
+    "shared_prefix",
+    "shared_prefix_kernel",
+    "shared_prefix_mismatch",
+    "tokens_per_forward",
+    "server",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
+"""The same of a stage: how its forwards are made, where its rewards are scored, when it is saved. The numbers stay the
+same to rounding."""
 
 
 def open_run(run: Path, recipe: str) -> None:

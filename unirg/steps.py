@@ -129,7 +129,7 @@ class Steps:
                 self.on_disk, self.owed = self.state["step"], False
         except checkpoint.NotSaved as error:
             self.owed = True
-            self.work.warn(f"no checkpoint of step {self.state['step']} ({error}); it is tried again after the next")
+            self.work.warn(f"no checkpoint of step {self.state['step']} ({error}); a later step tries again")
 
     def train(self, step: int, step_metrics: Callable[[int], dict[str, float]]) -> None:
         """One step. A stop changes nothing of it: weights, optimiser and state change in the last lines, at once."""
