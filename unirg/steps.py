@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
-from unirg import checkpoint, signals, watchdog
+from unirg import checkpoint, ranks, signals, watchdog
 from unirg import run as run_folder
 from unirg.distributed import sum_gradients
 from unirg.errors import UserError
@@ -185,7 +185,8 @@ class Steps:
         _report_step(work.accelerator, work.stage, step, metrics, self.state)
 
     def keep_best(self, figure: float) -> None:
-        """Keeps the weights where `figure` is the best so far."""
+        """Keeps the weights where `figure`, of the main process, is the best so far."""
+        figure = ranks.everyones(figure)[0]  # a metric may fail on one rank; they save together, or not at all
         if math.isnan(figure) or (self.state["best"] is not None and figure <= self.state["best"]):
             return
         step = self.state["step"]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ from unirg import run as run_folder
 from unirg import signals
 
 NUMBERS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Where the tests themselves run in the background of a script, Ctrl-C is ignored, as for any such process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
@@ -84,18 +93,15 @@ def test_a_run_that_is_asked_to_stop(start: Start, undisturbed: Path, tmp_path: 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_stages_side_by_side(tmp_path: Path, number: int) -> None:
     """What starts them passes the signal on and waits for them; where it is killed, the kernel tells them to stop."""
-    names = ("a", "b")
-    run = prepare(tmp_path, "run")
-    stage = (
-        "{{name: {name}, kind: sft, start: policy, steps: 400, studies_per_step: 4, checkpoint_every: 1000, "
-        "optimiser: {{learning_rate: 1.0e-3}}}}"
+    names, run = ("a", "b"), tmp_path / "two"
+    prepare(tmp_path, "run")
+    stages = ", ".join(
+        f"{{name: {name}, kind: sft, start: policy, steps: 400, studies_per_step: 4, checkpoint_every: 1000, "
+        "optimiser: {learning_rate: 1.0e-3}}"
+        for name in names
     )
-    recipe = (tmp_path / "run.yaml").read_text()
-    head, tail = recipe[: recipe.index("stages:")], recipe[recipe.index("evaluation:") :]
-    listed = "".join(f"  - {stage.format(name=name)}\n" for name in names)
-    (tmp_path / "two.yaml").write_text(f"{head}stages:\n{listed}{tail}jobs: 2\n".replace("headline: length", ""))
-    run = tmp_path / "two"
-    command = [sys.executable, "-m", "unirg", "train", str(tmp_path / "two.yaml"), "--output", str(run)]
+    changes = [f"stages=[{stages}]", "jobs=2", "evaluation.headline=positive_f1"]
+    command = [sys.executable, "-m", "unirg", "train", str(tmp_path / "run.yaml"), *changes, "--output", str(run)]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=log, stderr=log)
         wait_for(lambda: all(run_folder.read_metrics(run / "stages" / name) for name in names))

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import runpy
+import signal
 import sys
 import traceback
 import warnings
@@ -56,6 +57,7 @@ def child(request: dict[str, Any]) -> int:
     return 0
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
 for line in sys.stdin:
     number = os.fork()
     if number == 0:
