@@ -21,6 +21,8 @@ from unirg.rollout import Sample, Sampler
 from unirg.rollout.hf import HFSampler
 
 TOKENS = 24
+SEEDS = [[100 * i + g for g in range(8)] for i in range(4)]
+"""Of eight samples for each of the four studies."""
 
 
 def lively_policy(lora: LoraConfig | None = None) -> Policy:

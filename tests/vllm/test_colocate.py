@@ -7,25 +7,12 @@ import torch
 
 pytest.importorskip("vllm", reason="`make test-vllm` runs these where vLLM is installed")
 
-from tests.vllm.engines import TOKENS, largest_gap, lively_policy, same_greedy_reports, shake
+from tests.vllm.engines import SEEDS, TOKENS, largest_gap, lively_policy, same_greedy_reports, shake
 from unirg.errors import UserError
 from unirg.policy import EncodedPrompt, LoraConfig, Policy
 from unirg.rollout import Sample, SamplingConfig
 from unirg.rollout.sampler import VllmConfig
 from unirg.rollout.vllm_colocate import ColocatedSampler
-from unirg.study import Study
-
-SEEDS = [[100 * i + g for g in range(8)] for i in range(4)]
-
-
-@pytest.fixture(scope="module")
-def policy() -> Policy:
-    return lively_policy()
-
-
-@pytest.fixture(scope="module")
-def prompts(policy: Policy, studies: list[Study]) -> list[EncodedPrompt]:
-    return [policy.encode(study) for study in studies]
 
 
 @pytest.fixture(scope="module")

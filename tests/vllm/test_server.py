@@ -11,7 +11,16 @@ import pytest
 
 pytest.importorskip("vllm", reason="`make test-vllm` runs these where vLLM is installed")
 
-from tests.vllm.engines import TOKENS, VllmServer, largest_gap, lively_policy, same_greedy_reports, shake, vllm_server
+from tests.vllm.engines import (
+    SEEDS,
+    TOKENS,
+    VllmServer,
+    largest_gap,
+    lively_policy,
+    same_greedy_reports,
+    shake,
+    vllm_server,
+)
 from unirg.errors import UserError
 from unirg.policy import EncodedPrompt, LoraConfig, Policy
 from unirg.rollout import Sample, SamplingConfig
@@ -19,18 +28,6 @@ from unirg.rollout.sampler import VllmConfig
 from unirg.rollout.vllm_inputs import check_prompt
 from unirg.rollout.vllm_server import ServerSampler
 from unirg.study import Study
-
-SEEDS = [[100 * i + g for g in range(8)] for i in range(4)]
-
-
-@pytest.fixture(scope="module")
-def policy() -> Policy:
-    return lively_policy()
-
-
-@pytest.fixture(scope="module")
-def prompts(policy: Policy, studies: list[Study]) -> list[EncodedPrompt]:
-    return [policy.encode(study) for study in studies]
 
 
 @pytest.fixture(scope="module")
