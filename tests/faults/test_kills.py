@@ -18,7 +18,7 @@ SEED = 5
 def test_killed_twenty_times(start: Start, tmp_path: Path) -> None:
     """In half of the starts at any moment of the first second or two, while policy, data and workers are loaded or a
     first step is made; in the others up to 300 ms after a step, within the next, an evaluation or a checkpoint."""
-    longer = ("stages.sft.steps=16", "stages.grpo.steps=16")
+    longer = ("stages.sft.steps=36", "stages.grpo.steps=36")
     undisturbed, run = (prepare(tmp_path, name, *longer) for name in ("undisturbed", "run"))
     assert start(undisturbed).wait() == 0
     moments = random.Random(SEED)
@@ -30,12 +30,11 @@ def test_killed_twenty_times(start: Start, tmp_path: Path) -> None:
     while kills < KILLS:
         before, begun = steps(), time.monotonic()
         trainer = start(run)
-        if moments.random() < 0.5:
-            time.sleep(moments.uniform(0, 2))
-        else:
-            while steps() <= before and time.monotonic() < begun + 30 and not finished(run):
-                time.sleep(0.01)
-            time.sleep(moments.uniform(0, 0.3))
+        loading = moments.random() < 0.5
+        until = begun + (moments.uniform(0, 2) if loading else 30)
+        while steps() < before + (2 if loading else 1) and time.monotonic() < until and not finished(run):
+            time.sleep(0.01)
+        time.sleep(0 if loading else moments.uniform(0, 0.3))
         if finished(run):
             trainer.wait()
             break
