@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from accelerate import Accelerator
 
 from tests.conftest import REPORTS, TINY
+from unirg.errors import UserError
 from unirg.grpo.choose import choose_forward, share_prompts
 from unirg.grpo.forward import Forward
-from unirg.grpo.loop import first_pass, load_reference, update
+from unirg.grpo.loop import check_sampler, first_pass, load_reference, update
 from unirg.grpo.loss import Normaliser
 from unirg.grpo.rollouts import Group
 from unirg.policy import Policy, PolicyConfig, load_policy
@@ -181,3 +183,15 @@ def test_a_step_with_nothing_to_learn_from(tiny_policy: Policy, studies: list[St
     metrics = update(work, groups, Normaliser(0, 0, 12), forward_of(work, None, groups), None, Stopwatch())
     assert metrics["loss"] == 0 and "sampling/importance_sampling_ratio/mean" not in metrics
     assert all(not p.grad.any() for p in tiny_policy.model.parameters() if p.grad is not None)
+
+
+def test_reports_of_another_model_end_the_run(tiny_policy: Policy, studies: list[Study], tmp_path: Path) -> None:
+    """An engine that samples from something else than the policy gives log-probs that are far from the trainer's."""
+    groups = sampled_groups(tiny_policy, studies)
+    work = grpo_work(tiny_policy, tmp_path)
+    forward = forward_of(work, None, groups)
+    check_sampler(work, update(work, groups, counts(groups), forward, None, Stopwatch()))
+    for group in groups:
+        group.samples = [replace(sample, logps=tuple(p - 0.6 for p in sample.logps)) for sample in group.samples]
+    with pytest.raises(UserError, match=r"stage g: .* are 0\.60 nats a token from the trainer's"):
+        check_sampler(work, update(work, groups, counts(groups), forward, None, Stopwatch()))

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from unirg import run as run_folder
+from unirg.errors import UserError
 from unirg.grpo.ahead import Ahead
 from unirg.grpo.choose import choose_forward, share_prompts
 from unirg.grpo.forward import AnswerScores, Forward, plan_forwards
@@ -87,6 +88,7 @@ def run_grpo(
                 prepare_scoring(engine, work.mine(work.step_studies(batch + 1)))
         metrics = {k: v for k, v in held["metrics"].items() if iteration == 0 or not k.startswith("time/")}
         metrics |= update(work, held["groups"], held["normaliser"], held["forward"], reference, watch, first)
+        check_sampler(work, metrics)
         return metrics | watch.metrics()
 
     if ahead is None:
@@ -101,6 +103,22 @@ def run_grpo(
     evaluate_then = None if evaluate is None else evaluate_alone
     optimise(work, work.policy.model, step_metrics, evaluate=evaluate_then, boundary=stage.iterations, carried=ahead)
     ahead.end()
+
+
+GAP = 0.5
+"""The largest mean difference, in nats a token, between a sampler's log-probs and the trainer's: many times what
+precision and kernels make, and less than where an engine reads a model's config otherwise than transformers does."""
+
+
+def check_sampler(work: StageRun, metrics: dict[str, float]) -> None:
+    """Raises UserError, before the step changes a weight, where the reports are plainly not the policy's own."""
+    gap = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+    if gap > GAP:
+        raise UserError(
+            f"stage {work.stage.name}: the sampled reports' log-probs are {gap:.2f} nats a token from the trainer's; "
+            f"rollout.engine {work.recipe.rollout.engine} samples from another model than the one that is trained. Set "
+            "rollout.engine=hf for this model"
+        )
 
 
 Micro = list[tuple[Group, list[int]]]

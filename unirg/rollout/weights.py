@@ -20,16 +20,19 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers.core_model_loading import revert_weight_conversion
 
 PEFT_PREFIX = "base_model.model."
 
 
 @torch.no_grad()
 def named_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter under its Hugging Face name, in `dtype`, on its device, tied ones once, adapters merged.
+    """Every parameter under the name that a model folder has it by, in `dtype`, on its device, tied ones once, adapters
+    merged. (In memory transformers calls some otherwise, and stacks the experts of a mixture in one tensor.)
 
     Shards are gathered one parameter at a time, which is a collective: all ranks must go through all of them.
     """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     adapted = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
     for name, parameter in model.named_parameters():
         if adapted and f".{model.prefix}" in name:  # the adapters' own, which the weights below have in them
@@ -39,7 +42,8 @@ def named_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.T
         if layer is not None and name.endswith(".base_layer.weight"):
             for adapter in layer.active_adapters:
                 weight = weight.float() + _whole(layer.get_delta_weight(adapter)).float()
-        yield name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."), weight.detach().to(dtype)
+        own = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        yield from revert_weight_conversion(base, {own: weight.detach().to(dtype)}).items()
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
