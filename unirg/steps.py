@@ -84,7 +84,7 @@ class Steps:
         folder.mkdir(parents=True, exist_ok=True)
         kept = checkpoint.load(folder, self.weights, self.optimiser, warn=work.warn)
         if kept is not None:
-            self.state |= kept
+            self.state |= kept | {"world_size": work.accelerator.num_processes}
             self.on_disk = self.state["step"]
             if self.carried is not None:
                 self.carried.restore(self.state["carried"])

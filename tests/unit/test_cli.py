@@ -71,7 +71,7 @@ ROOT = Path(unirg.__file__).parents[1]
             [None, [], "bleu", Path("r.jsonl"), True, None],
         ),
         ("rewards --json", "unirg.scoring.command.list_rewards", [True]),
-        ("rewards check bleu(variant=coco4)", "unirg.scoring.check_reward.check_reward", ["bleu(variant=coco4)"]),
+        ("rewards check bleu(variant=coco4)", "unirg.scoring.check_reward.check_reward", ["bleu(variant=coco4)", 60.0]),
     ],
 )
 def test_verbs_hand_over(monkeypatch: pytest.MonkeyPatch, command: str, target: str, given: list[Any]) -> None:
