@@ -36,7 +36,7 @@ def test_a_reference_stage_is_waited_for(recipe: Recipe) -> None:
 
 def test_one_process_a_stage(tmp_path: Path) -> None:
     first = hold(tmp_path / "sft")
-    with pytest.raises(UserError, match="another process is training this stage"):
+    with pytest.raises(UserError, match="is training there; wait for it, or stop it"):
         hold(tmp_path / "sft")
     first.close()
     hold(tmp_path / "sft").close()
