@@ -272,7 +272,8 @@ class Policy:
     def save_processor(self, folder: Path) -> None:
         """Writes the processor's part of a model folder."""
         self.processor.save_pretrained(folder)
-        if self.reads_images and "Qwen" in type(self.processor).__name__ and not hasattr(self.processor, "video_processor"):
+        qwen = self.reads_images and "Qwen" in type(self.processor).__name__
+        if qwen and not hasattr(self.processor, "video_processor"):
             # The video half, which needs torchvision, was never built; engines that serve the folder look for it.
             image = self.processor.image_processor
             settings = {"video_processor_type": "Qwen3VLVideoProcessor"}
