@@ -83,6 +83,16 @@ def colocated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def server_of(recipe: Path) -> VllmServer:
+    """A server, not yet started, for the policy that the recipe begins with."""
+    server = VllmServer(recipe.with_name("model"), recipe.with_name("server.log"))
+    model = "import sys, yaml, unirg.stages as s; from pathlib import Path; from unirg.recipe.load import load_recipe\n"
+    model += "from unirg.data import load_studies; recipe = load_recipe(Path(sys.argv[1]))\n"
+    model += "s.initial_policy(recipe, None, load_studies(recipe.data, 'train')).save(Path(sys.argv[2]))"
+    subprocess.run([sys.executable, "-c", model, str(recipe), str(server.model)], check=True)
+    return server
+
+
 def test_it_learns_from_samples_whose_log_probs_are_the_trainers(colocated: Path) -> None:
     steps = metrics(colocated)
     rewards = [step["reward"] for step in steps]
@@ -108,12 +118,7 @@ def test_two_ranks_with_sharded_weights_sample_the_same(colocated: Path, tmp_pat
 def test_a_server_that_hangs_and_one_that_is_killed_lose_nothing(colocated: Path, tmp_path: Path) -> None:
     """It hangs: the run ends, with who waited for whom and a checkpoint of the last whole step. It is killed and
     started again: the same command waits for it, and goes on as if nothing had been."""
-    recipe = yaml.safe_load(write_recipe(tmp_path).read_text())
-    server = VllmServer(tmp_path / "model", tmp_path / "server.log")
-    model = "import sys, yaml, unirg.stages as s; from pathlib import Path; from unirg.recipe.load import load_recipe\n"
-    model += "from unirg.data import load_studies; recipe = load_recipe(Path(sys.argv[1]))\n"
-    model += "s.initial_policy(recipe, None, load_studies(recipe.data, 'train')).save(Path(sys.argv[2]))"
-    subprocess.run([sys.executable, "-c", model, str(tmp_path / "recipe.yaml"), str(server.model)], check=True)
+    server = server_of(write_recipe(tmp_path))
     write_recipe(tmp_path, mode="server", servers=[server.url], timeout=5.0, wait=2.0)
     server.start()
     try:
@@ -136,6 +141,29 @@ def test_a_server_that_hangs_and_one_that_is_killed_lose_nothing(colocated: Path
         assert f"goes on from step {done}" in output and "asking again" in output
     finally:
         server.kill()
-    assert recipe["stages"][0]["steps"] == STEPS == len(metrics(tmp_path))
+    assert len(metrics(tmp_path)) == STEPS
     for one, two in zip(metrics(colocated), metrics(tmp_path)):
         assert two["reward"] == pytest.approx(one["reward"], abs=1e-6), one["step"]
+
+
+def test_one_step_ahead_of_a_server_that_is_killed(colocated: Path, tmp_path: Path) -> None:
+    """Studies that the server took with it are sampled again when it is back, and the run ends as many steps on."""
+    server = server_of(write_recipe(tmp_path))
+    write_recipe(tmp_path, mode="server", servers=[server.url], timeout=20.0, wait=300.0)
+    server.start()
+    try:
+        server.wait()
+        process = start(tmp_path, overrides=("stages.grpo.ahead=true",))
+        while len(metrics(tmp_path)) < 3 and process.poll() is None:
+            time.sleep(0.05)
+        server.kill()
+        server.start()
+        output = finish(process)
+    finally:
+        server.kill()
+    steps = metrics(tmp_path)
+    assert len(steps) == STEPS and "asking again" in output
+    assert steps[0]["reward"] == pytest.approx(metrics(colocated)[0]["reward"], abs=1e-6)  # nothing is ahead of it
+    gaps = [step["sampling/sampling_logp_difference/mean"] for step in steps]
+    assert gaps[0] < 1e-4 < min(gaps[1:3]) and max(gaps) < 0.5
+    assert sum(step["reward"] for step in steps[-3:]) > sum(step["reward"] for step in steps[:3])
