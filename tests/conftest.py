@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: invented studies and a tiny policy."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -14,6 +15,8 @@ from unirg.study import Study, StudyImage
 from unirg.tiny import TinyConfig
 
 collect_ignore = ["plugin_package"]  # a package of its own: endtoend/test_plugin_package.py installs and tests it
+# In the background of a script Ctrl-C is ignored, by the tests too and by all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # spinning threads on shared cores make tests many times slower
 
 REPORTS = (

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,6 @@ from unirg import run as run_folder
 from unirg import signals
 
 NUMBERS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
-
-
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """Where the tests themselves run in the background of a script, Ctrl-C is ignored, as for any such process."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)

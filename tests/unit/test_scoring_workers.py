@@ -310,10 +310,8 @@ def test_scoring_goes_on_while_the_caller_works(rewards: Path) -> None:
         assert ours.step_figures()["time/scoring_hidden"] == 0
 
 
-# In a background shell Ctrl-C is ignored, by tests too and what they start.
 TRAINER = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import sys
 from unirg.scoring.contract import RewardConfig, ScoreBatch
 from unirg.scoring.engine import ScoringEngine
 engine = ScoringEngine([RewardConfig(name=name) for name in sys.argv[2:]], supervised=True)

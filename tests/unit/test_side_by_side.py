@@ -24,12 +24,7 @@ def test_a_signal_to_the_run_goes_to_its_stages(tmp_path: Path, monkeypatch: pyt
         return started[-1]
 
     monkeypatch.setattr(subprocess, "Popen", sleeper)
-    # Where the tests themselves run in the background of a script, Ctrl-C is ignored, as it is for any such process.
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with signals.handled(), pytest.raises(signals.Stopped) as stopped:
-            stages.run_side_by_side(recipe, tmp_path, recipe.stages[:1])
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
+    with signals.handled(), pytest.raises(signals.Stopped) as stopped:
+        stages.run_side_by_side(recipe, tmp_path, recipe.stages[:1])
     assert stopped.value.number == stop
     assert len(started) == 1 and started[0].wait(timeout=10) == -stop
