@@ -101,16 +101,17 @@ class Ahead:
             submitted += more
 
     def _again(self, state: State) -> Rollouts:
-        """The groups of a checkpoint, scored anew."""
-        studies = self._work.mine(self._work.step_studies(state["batch"]))
-        groups = []
-        for study, prompt, (name, samples) in zip(
-            studies, self._work.encode(studies), self._work.mine(state["groups"]), strict=True
-        ):
+        """The groups of a checkpoint, scored anew. Raises UserError, on all ranks, where they are of other studies."""
+        studies = self._work.step_studies(state["batch"])
+        for study, (name, _) in zip(studies, state["groups"], strict=True):
             if name != study.id:
                 raise UserError(
                     f"the checkpoint has reports of study {name} where the data have study {study.id} now; put the "
                     "data back as they were, or take another `output`"
                 )
-            groups.append(Group(study, prompt, [Sample(tuple(i), tuple(p), text, cut) for i, p, text, cut in samples]))
+        studies, kept = self._work.mine(studies), self._work.mine(state["groups"])
+        groups = [
+            Group(study, prompt, [Sample(tuple(i), tuple(p), text, cut) for i, p, text, cut in samples])
+            for study, prompt, (_, samples) in zip(studies, self._work.encode(studies), kept, strict=True)
+        ]
         return groups, submit_all(self._engine, groups)
