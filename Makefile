@@ -68,10 +68,10 @@ environment = test -x $(1)/bin/python || $(PYTHON) -m venv $(1); \
 	torch=$$(grep '^torch==' constraints-cpu.txt); pip="$(1)/bin/python -m pip install --quiet $(PIP_ARGS)"; \
 	($$pip "$$torch+cpu" 2>/dev/null || $$pip "$$torch") && $$pip
 
-# Network namespaces stand for hosts, which takes root; where that is not allowed the tests say so and are skipped.
 test-faults: install ## real runs killed, stopped, stalled and starved of disk, and what they end with; minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -m faults tests/faults
 
+# Network namespaces stand for hosts, which takes root; where that is not allowed the tests say so and are skipped.
 test-multinode: install ## torchrun and SLURM scripts on two nodes and one for rewards; minutes
 	UNIRG_MULTINODE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/multinode
 
