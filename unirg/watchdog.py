@@ -24,6 +24,9 @@ from unirg import ranks
 
 STATUS = 124
 """The exit status of a rank that has waited too long, as of `timeout`."""
+PACE = 0.2
+"""Seconds after which a rank that has moved says so; one that has not says again that it is there, every tenth of the
+timeout."""
 ANSWER_SECONDS = 20
 """How long the store may take to say where the others are."""
 
@@ -83,17 +86,20 @@ def _watch(timeout: float, ended: threading.Event, late: threading.Event, verdic
 
 def _post(timeout: float, ended: threading.Event, late: threading.Event, verdicts: "queue.SimpleQueue[str]") -> None:
     """Writes where this rank is, again and again, and reads the others where it is late."""
-    board = None
+    board, said, due = None, -1, 0.0
     while not ended.is_set():
         try:
             board = board or _board()
-            board.set(f"rank/{ranks.rank()}", json.dumps(_report()))
+            if _place["count"] != said or time.monotonic() >= due or late.is_set():
+                report = _report()
+                board.set(f"rank/{ranks.rank()}", json.dumps(report))
+                said, due = report["count"], time.monotonic() + min(10.0, timeout / 10)
             if late.is_set():
                 verdicts.put(_verdict(_reports(board)))
                 return
         except dist.DistError:  # the store's host is slow, stopped or gone
             board = None
-        late.wait(min(10.0, timeout / 10))
+        late.wait(PACE)
 
 
 def _board() -> dist.Store:
