@@ -262,11 +262,7 @@ class ServerSampler:
         groups: dict[int, list[Sample]] = {}
         began, away_since, pause = time.monotonic(), None, 1.0
 
-        def keep(i: int, samples: list[Sample]) -> None:
-            groups[i] = samples * (1 if temperature else len(seeds[i]))
-            for g, sample in enumerate(groups[i] if finished is not None else ()):
-                finished(i, g, sample)  # type: ignore[misc]
-
+        keep = _keeper(groups, seeds, temperature, finished)
         while True:
             left = [i for i in range(len(prompts)) if i not in groups]
             refusal = self._round(prompts, parameters, left, keep)
@@ -302,12 +298,7 @@ class ServerSampler:
         """See `ApartSampler.attempt`: one try, since weights can be pushed by all ranks together only."""
         parameters = [sampling_parameters(self.policy, own, temperature, max_new_tokens) for own in seeds]
         groups: dict[int, list[Sample]] = {}
-
-        def keep(i: int, samples: list[Sample]) -> None:
-            groups[i] = samples
-            for g, sample in enumerate(samples if finished is not None else ()):
-                finished(i, g, sample)  # type: ignore[misc]
-
+        keep = _keeper(groups, seeds, temperature, finished)
         if (refusal := self._round(prompts, parameters, range(len(prompts)), keep)) is not None:
             raise UserError(refusal)
         return [groups.get(i) for i in range(len(prompts))]
@@ -374,6 +365,22 @@ class ServerSampler:
         """Breaks off what is still open; the servers stay up."""
         for server in self.servers:
             server.break_off()
+
+
+def _keeper(
+    groups: dict[int, list[Sample]],
+    seeds: Sequence[Sequence[int]],
+    temperature: float,
+    finished: Callable[[int, int, Sample], None] | None,
+) -> Callable[[int, list[Sample]], None]:
+    """Puts a study's samples into `groups` and tells of each; greedy, one was asked for and stands for all."""
+
+    def keep(i: int, samples: list[Sample]) -> None:
+        groups[i] = samples * (1 if temperature else len(seeds[i]))
+        for g, sample in enumerate(groups[i] if finished is not None else ()):
+            finished(i, g, sample)  # type: ignore[misc]
+
+    return keep
 
 
 def _vllm_processor(policy: Policy) -> Any | None:
