@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 OPENI := $(or $(UNIRG_OPENI),$(CURDIR)/.cache/openi)
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-seeds demo-openi test test-parity test-faults test-multinode test-vllm check openi clean
+.PHONY: help install demo demo-seeds demo-openi test test-parity test-faults test-multinode test-vllm test-zero3 check openi clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
@@ -89,6 +89,15 @@ test-vllm: install ## rollouts from real vLLM on the CPU, colocated and served, 
 	.venv-vllm/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps -e .
 	touch $@
 
+test-zero3: install ## DeepSpeed's ZeRO-3 on two and four ranks, beside one process; minutes
+	-$(MAKE) --no-print-directory .venv-zero3/.installed
+	python=$(BIN)/python; test ! -e .venv-zero3/.installed || python=.venv-zero3/bin/python; \
+	OMP_NUM_THREADS=1 $$python -m pytest -q -rs tests/zero3
+
+.venv-zero3/.installed: tests/zero3/requirements.txt constraints-cpu.txt
+	$(call environment,.venv-zero3) -c constraints-cpu.txt -e '.[lora,trl]' -r $<
+	touch $@
+
 check: install ## lint, format, types, recipes, reference page
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -97,5 +106,5 @@ check: install ## lint, format, types, recipes, reference page
 	$(BIN)/unirg recipe docs --check
 
 clean: ## remove what can be made again; run folders stay
-	rm -rf .venv .venv-parity .venv-radgraph .venv-vllm .cache dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-parity .venv-radgraph .venv-vllm .venv-zero3 .cache dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,7 +25,8 @@ import torch
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from unirg import ranks
+from unirg import ranks, zero3
+from unirg.distributed import whole_tensor
 from unirg.errors import UserError
 from unirg.run import sync, write_atomically
 
@@ -166,7 +167,7 @@ def _write(
         count += 1
 
     for place, (name, tensor) in enumerate(tensors):
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = whole_tensor(tensor)
         if failure is None and place % ranks.world() == ranks.rank():
             pending[name] = whole.detach().cpu().contiguous()
             if sum(kept.nbytes for kept in pending.values()) >= FILE_BYTES:
@@ -180,7 +181,8 @@ def _optimiser_tensors(
     optimiser: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]
 ) -> Iterable[tuple[str, torch.Tensor]]:
     for name, parameter in weights.items():
-        for key, value in optimiser.state.get(parameter, {}).items():
+        apart = zero3.is_apart(parameter)
+        for key, value in zero3.moments(parameter) if apart else optimiser.state.get(parameter, {}).items():
             yield f"{name}/{key}", value
 
 
@@ -259,12 +261,19 @@ def _read(
     if odd := sorted(set(weights) ^ set(owners["weights"])):
         raise ValueError(f"{checkpoint}: does not fit the policy: {len(odd)} tensors differ, such as {odd[0]}")
     for name, parameter in weights.items():
-        parameter.copy_(_placed(owners["weights"][name].get_tensor(name), parameter))
+        value = owners["weights"][name].get_tensor(name)
+        if zero3.is_apart(parameter):
+            zero3.put_weight(parameter, value)
+        else:
+            parameter.copy_(_placed(value, parameter))
     if optimiser is not None:
         optimiser.state.clear()
         for entry, opened in owners["optimiser"].items():
             name, _, key = entry.rpartition("/")
             parameter, value = weights[name], opened.get_tensor(entry)
+            if zero3.is_apart(parameter):
+                zero3.put_moment(parameter, key, value)
+                continue
             # A moment lies where its parameter lies; AdamW keeps its count of steps on the CPU.
             optimiser.state[parameter][key] = value if key == "step" else _placed(value, parameter)
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_bytes())

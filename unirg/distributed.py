@@ -6,6 +6,8 @@ backwards, and a sum after each, as torch's DDP wrapper makes, would move the gr
 `fsdp2`: torch's `fully_shard`, by decoder layer, vision block and what is left. Every rank holds its part of weights,
 gradients and optimiser state (DTensors); a layer is put together for as long as it computes. Ranks must then call the
 same layers in the same order: see `Policy.blank` for forwards without films, and `whole` for sampling.
+
+`zero3`: the same by DeepSpeed (`unirg.zero3`), whose engine makes forwards, backwards and steps.
 """
 
 import copy
@@ -22,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from unirg import zero3
 from unirg.section import Section
 
 BUCKET = 1 << 26
@@ -31,9 +34,10 @@ BUCKET = 1 << 26
 class DistributedConfig(Section):
     """How several ranks (torchrun's processes) share the work; one process does not read it."""
 
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    strategy: Literal["ddp", "fsdp2", "zero3"] = "ddp"
     """ddp: each rank holds all weights. fsdp2: weights, gradients and optimiser state are sharded over the ranks; while
-    the Hugging Face engine samples, each rank holds all weights."""
+    the Hugging Face engine samples, each rank holds all weights. zero3: the same by DeepSpeed, which is installed with
+    the extra `zero3`; vision stages, and a KL reference, are sharded as by fsdp2."""
     timeout: float = Field(1800.0, gt=0)
     """Seconds that a rank may be in one part of a step (sampling, scoring, an evaluation) before the run ends with a
     line that names the ranks that are behind and those that wait for them."""
@@ -45,11 +49,15 @@ def distribute(
     """Lays a module that every rank holds in full out over the ranks, in place; the first rank's weights count.
 
     `half`: the forward runs under bfloat16 autocast. What is not `trained` gives all of its weights back after each
-    forward. To be called before the optimiser is made, by all ranks alike.
+    forward. To be called before the optimiser is made, by all ranks alike. What `zero3` lays out must be trained, and
+    makes no forward before `zero3.engine`.
     """
     if accelerator.num_processes == 1 or strategy == "ddp":
         module.to(accelerator.device)
     if accelerator.num_processes == 1:
+        return
+    if strategy == "zero3":
+        zero3.partition(module, accelerator.device)
         return
     for parameter in module.parameters():  # a head that a checkpoint lacks is drawn by each rank for itself
         first = parameter.data.to(accelerator.device)
@@ -89,15 +97,32 @@ def sharded_modules(module: nn.Module) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ranks hold parts of the module's parameters."""
+    return any(isinstance(parameter, DTensor) or zero3.is_apart(parameter) for parameter in module.parameters())
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter, or a tensor that lies as one does, in full. Collective where it is sharded."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    with zero3.gathered([tensor]):
+        return tensor.detach().clone() if zero3.is_apart(tensor) else tensor
+
+
 @contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
+def whole(module: nn.Module, engine: Any = None) -> Iterator[None]:
     """Every rank holds all weights meanwhile, so that each can make as many forwards (without gradients) as it needs.
 
     A collective: all ranks enter and leave it together. Does nothing where weights are not sharded, or are whole
     already. Of the choices for sampling it is the simple one: gathering layer by layer at every decoded token would
     move all weights once a token, and ranks would have to decode equally many. Where the weights do not fit one device,
-    sampling needs an engine of its own.
+    sampling needs an engine of its own. `engine` is DeepSpeed's, where that shards the module.
     """
+    if engine is not None:
+        with zero3.whole(engine):
+            yield
+        return
     parts = sharded_modules(module)
     if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         yield
@@ -148,8 +173,8 @@ def filled(outlined: nn.Module, module: nn.Module, main: bool) -> nn.Module | No
     A collective: all ranks call it.
     """
     weights = {}
-    for name, tensor in module.state_dict().items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        full = whole_tensor(tensor).detach()
         if main:
             weights[name] = full.cpu()
     if not main:

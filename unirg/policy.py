@@ -18,9 +18,9 @@ import numpy as np
 import torch
 import transformers
 from pydantic import Field, model_validator
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from unirg.distributed import is_sharded
 from unirg.errors import UserError
 from unirg.processor import (
     chat_text,
@@ -128,6 +128,8 @@ class Policy:
     blank: EncodedPrompt | None = None
     """A prompt with a blank film, set where weights are sharded: ranks put the layers together, those of the vision
     tower too, so that all must call them, and a rank whose forward has no film takes this one."""
+    engine: Any = None
+    """DeepSpeed's engine around the model, where `zero3` shards it: forwards that may be trained go through it."""
     _cache: "OrderedDict[int, tuple[Study, EncodedPrompt, int]]" = field(default_factory=OrderedDict)
     _cached_bytes: int = 0
 
@@ -242,7 +244,7 @@ class Policy:
         names = next(p.images for p in prompts if p.images).keys()
         shareable = len(rows) > len(prompts) and set(names) == {"pixel_values", "image_grid_thw"}
         if shareable:
-            shareable = not any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+            shareable = not is_sharded(self.model)
         if shareable and "mm_encoder_outputs" in self.forward_takes:
             grids = torch.cat([p.images["image_grid_thw"] for p in prompts if p.images]).to(device)
             pixels = torch.cat([p.images["pixel_values"] for p in prompts if p.images]).to(device)

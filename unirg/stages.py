@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from safetensors import SafetensorError
 
-from unirg import checkpoint, ranks, signals
+from unirg import checkpoint, ranks, signals, zero3
 from unirg import run as run_folder
 from unirg.check import check, check_shares
 from unirg.data import fingerprint, load_studies
@@ -65,6 +65,8 @@ def train(recipe: Path, overrides: Sequence[str] = ()) -> int:
 def _train(resolved: Recipe, held: ExitStack) -> int:
     run = Path(resolved.output)
     main = int(os.environ.get("RANK", "0")) == 0
+    if resolved.distributed.strategy == "zero3" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        zero3.require()
     waiting = [stage for stage in resolved.stages if not run_folder.final_folder(run, stage.name).exists()]
     if main:
         if run.exists():
@@ -197,7 +199,7 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
         what = f"{type(stage).__name__.removesuffix('Stage').lower()}, {stage.steps} steps"
         console.print(f"[bold]{stage.name}[/bold]  {what}, from {recipe.start_of(stage)}", highlight=False)
     strategy, half = recipe.distributed.strategy, policy.config.dtype == "bfloat16"
-    unsharded = outline(policy.model) if strategy == "fsdp2" and world > 1 else None
+    unsharded = outline(policy.model) if strategy != "ddp" and world > 1 else None
     if isinstance(stage, VisionStage):
         policy.model.to(accelerator.device)
         if (tower := vision_tower(policy.base)) is not None:
@@ -214,7 +216,8 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
         reference = load_reference(work) if isinstance(stage, GrpoStage) else None
         distribute(policy.model, strategy, accelerator, half=half)
         if reference is not None:
-            distribute(reference.model, strategy, accelerator, half=half, trained=False)
+            frozen = "fsdp2" if strategy == "zero3" else strategy
+            distribute(reference.model, frozen, accelerator, half=half, trained=False)
         with ExitStack() as engines:  # their workers end with the stage
             if isinstance(stage, SftStage):
                 from unirg.sft import run_sft
@@ -237,7 +240,7 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
                 run_grpo(work, sampler, engine, evaluate, reference)
     if unsharded is not None:
         full = filled(unsharded, policy.model, accelerator.is_main_process)
-        policy = replace(policy, model=full)
+        policy = replace(policy, model=full, engine=None)
     with work.together("final policy"):
         if accelerator.is_main_process:
             put_in_place(policy, run_folder.final_folder(run, stage.name))
@@ -321,7 +324,7 @@ def dev_evaluation(
 
     def evaluate() -> dict[str, float]:
         # Whole on all ranks from the first report to the last: they may need different numbers of batches.
-        with work.accelerator.autocast(), whole(work.policy.model), work.together("evaluation"):
+        with work.accelerator.autocast(), whole(work.policy.model, work.policy.engine), work.together("evaluation"):
             reports = generate_reports(
                 work.policy, work.mine(studies), max_new_tokens=limit, batch_size=config.batch_size
             )

@@ -10,11 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.distributed.tensor import DTensor
 
-from unirg import checkpoint, ranks, signals, watchdog
+from unirg import checkpoint, ranks, signals, watchdog, zero3
 from unirg import run as run_folder
-from unirg.distributed import sum_gradients
+from unirg.distributed import sum_gradients, whole_tensor
 from unirg.errors import UserError
 from unirg.recipe.schema import OptimiserConfig, StageConfig
 from unirg.training import RanksStop, StageRun, say
@@ -73,6 +72,8 @@ class Steps:
     to come; a stop between them and the step repeats them."""
     carried: Carried | None = None
     """What goes into checkpoints beside these."""
+    engine: Any = None
+    """DeepSpeed's engine, where that has the weights."""
     on_disk: int = 0
     """The step of the newest checkpoint."""
     owed: bool = False
@@ -142,9 +143,11 @@ class Steps:
         seed_everything(work.seed("step", step, work.accelerator.process_index))
         self.optimiser.zero_grad(set_to_none=True)
         metrics = step_metrics(step)
-        sum_gradients(self.weights.values())
-        norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), config.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.engine is None:
+            sum_gradients(self.weights.values())
+            norm = whole_tensor(torch.nn.utils.clip_grad_norm_(list(self.weights.values()), config.max_grad_norm))
+        else:  # it has summed them, and clips in its step
+            norm = zero3.norm(self.weights.values())
         loss = metrics.get("loss", 0.0)
         if not torch.isfinite(norm) or math.isnan(loss):
             raise UserError(
@@ -153,7 +156,7 @@ class Steps:
                 "rollouts"
             )
         with work.uninterrupted("optimiser"):
-            self.optimiser.step()
+            (self.engine or self.optimiser).step()
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
             cpu_seconds += metrics.get("time/workers_cpu", 0.0)
             metrics |= {"learning_rate": rate, "grad_norm": norm.item()}
@@ -238,7 +241,10 @@ def optimise(
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0}
     state |= dict.fromkeys(("best", "best_step", "unlogged", "carried"))
     state |= {"stage": stage.name, "world_size": work.accelerator.num_processes}
-    steps = Steps(work, weights, optimiser, boundary, state, carried)
+    if any(map(zero3.is_apart, weights.values())):
+        half = work.policy.config.dtype == "bfloat16"
+        work.policy.engine = zero3.engine(trainable, optimiser, stage.optimiser.max_grad_norm, half=half)
+    steps = Steps(work, weights, optimiser, boundary, state, carried, work.policy.engine)
     with watchdog.watching(work.recipe.distributed.timeout):
         steps.resume()
         steps.run(step_metrics, evaluate)

@@ -150,7 +150,10 @@ class StageRun:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of a share of the step's loss: shares of all micro-batches and ranks add up to it."""
-        loss.backward()
+        if self.policy.engine is None:
+            loss.backward()
+        else:  # it takes means over ranks
+            self.policy.engine.backward(loss * self.accelerator.num_processes)
 
 
 class Stopwatch:

@@ -61,7 +61,10 @@ def run_vision(work: StageRun) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(work.seed("head"))
         probe = Probe(policy, labels)
-    distribute(probe, work.recipe.distributed.strategy, work.accelerator, half=policy.config.dtype == "bfloat16")
+    strategy = work.recipe.distributed.strategy
+    distribute(
+        probe, "fsdp2" if strategy == "zero3" else strategy, work.accelerator, half=policy.config.dtype == "bfloat16"
+    )
 
     def targets(study: Study) -> list[float]:
         known = {1: 1.0, 0: 0.0}

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow.parquet
@@ -65,16 +66,19 @@ def name_of(options: str, ranks: int, way: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_runs(tmp_path_factory.mktemp("ranks"), RUNS, HANDED_OVER)
+
+
+def make_runs(folder: Path, table: Mapping[int, Sequence[tuple[str, str]]], handed_over: Mapping[int, str]) -> Path:
     """All runs, those of as many ranks one after another in the same processes."""
-    folder = tmp_path_factory.mktemp("ranks")
     environment = trajectories.environment() | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    for ranks, settings in RUNS.items():
+    for ranks, settings in table.items():
         runs = []
         for options, way in settings:
             overrides = (*BASE, *OPTIONS[options], f"distributed.strategy={way}")
             runs.append(str(trajectories.start(folder, name_of(options, ranks, way), *overrides)))
-        if ranks in HANDED_OVER:
-            overrides = (*BASE, *OPTIONS["whole policy"], f"distributed.strategy={HANDED_OVER[ranks]}")
+        if ranks in handed_over:
+            overrides = (*BASE, *OPTIONS["whole policy"], f"distributed.strategy={handed_over[ranks]}")
             runs.append(str(trajectories.start(folder, "handed-over", *overrides)))
         (folder / "tests_reward.py").write_text(trajectories.REWARD.replace("    return", TELLS))
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []

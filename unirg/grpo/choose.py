@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from rich.markup import escape
 
 from unirg import run as run_folder
-from unirg.distributed import sharded_modules
+from unirg.distributed import is_sharded
 from unirg.errors import UserError
 from unirg.grpo.forward import DENSE, Forward, plan_forwards
 from unirg.grpo.prefix_attention import Kernel, PackedLayout, PackedStudy, shared_prefix_attention
@@ -67,7 +67,7 @@ def _checked(
     work: StageRun, forward: Forward, kernel: Kernel, prompts: Sequence[EncodedPrompt], answers: Answers
 ) -> tuple[Forward, str]:
     stage, policy = work.stage, work.policy
-    gathered = policy.config.dtype == "bfloat16" and bool(sharded_modules(policy.model))
+    gathered = policy.config.dtype == "bfloat16" and is_sharded(policy.model)
     half = kernel == "flash" or gathered or policy.base.get_input_embeddings().weight.dtype != torch.float32
     dtype = "bfloat16" if half else "float32"
     with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=half):

@@ -106,7 +106,7 @@ def answer_logps(
     keep = length + 1
     types_BT = torch.zeros_like(ids_BT)
     takes_keep = "logits_to_keep" in policy.forward_takes
-    out = policy.model(
+    out = (policy.engine or policy.model)(
         input_ids=torch.cat([batch["input_ids"], ids_BT], dim=1),
         attention_mask=torch.cat([batch["attention_mask"], mask_BT], dim=1),
         position_ids=torch.cat([batch["position_ids"], positions_BT], dim=-1),

@@ -108,7 +108,7 @@ def packed_logps(
     types_T = torch.cat(types).to(device)
     blocks_T = _image_blocks(types_T) if policy.base.config.model_type in TWO_WAY_IMAGES else None
     takes_types = "token_type_ids" in policy.forward_takes
-    out = policy.model(
+    out = (policy.engine or policy.model)(
         input_ids=torch.cat(ids)[None].to(device),
         position_ids=torch.cat(positions, dim=-1).to(device),
         # Four dimensions say "ready-made" to transformers, which then makes no mask; the layout stands in for it.

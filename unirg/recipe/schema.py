@@ -228,7 +228,7 @@ class Recipe(Section):
                         f"stage '{stage.name}': ahead samples while the policy is trained, and a colocated "
                         "vLLM takes turns with it; take rollout.vllm.mode: server"
                     )
-                if self.rollout.engine == "hf" and self.distributed.strategy == "fsdp2":
+                if self.rollout.engine == "hf" and self.distributed.strategy != "ddp":
                     raise ValueError(
                         f"stage '{stage.name}': ahead has the Hugging Face engine sample with a copy of the "
                         "policy, which is not sharded; take vLLM servers, or distributed.strategy: ddp"

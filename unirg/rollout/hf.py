@@ -49,7 +49,7 @@ class HFSampler:
         try:
             groups: list[list[Sample]] = []
             first = 0
-            with whole(model), torch.inference_mode():
+            with whole(model, self.policy.engine), torch.inference_mode():
                 while first < len(prompts):
                     last, rows = first, 0
                     while last < len(prompts) and (last == first or rows + len(seeds[last]) <= self.rows_per_forward):

@@ -1,0 +1,62 @@
+"""DeepSpeed's ZeRO-3 on gloo: two and four ranks make the steps of one process, checkpoints pass between strategies, a
+rollout engine gets whole weights, and no step is made of a gradient that is no number.
+
+`make test-zero3` has the environment. The first start compiles an operator of DeepSpeed's, which takes a C++ compiler.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests import families
+from tests.invariant import test_ranks, test_shared_prefix_ranks
+from tests.invariant import test_trajectories as trajectories
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (make test-zero3)")
+
+RUNS = {
+    1: (("whole policy", "ddp"), ("adapters and everything", "ddp")),
+    2: (("whole policy", "zero3"), ("adapters and everything", "zero3")),
+    4: (("whole policy", "zero3"),),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    test_ranks.make_runs(folder, RUNS, {2: "zero3", 4: "ddp"})
+    (folder / "back").mkdir()
+    test_ranks.make_runs(folder / "back", {2: (), 4: ()}, {2: "fsdp2", 4: "zero3"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return test_shared_prefix_ranks.two_ranks(tmp_path_factory.mktemp("gradients"), "zero3")
+
+
+@pytest.mark.parametrize(("ranks", "options", "way"), [(n, *run) for n in (2, 4) for run in RUNS[n]])
+def test_the_same_trajectory(runs: Path, ranks: int, options: str, way: str) -> None:
+    ours, expected = (runs / test_ranks.name_of(options, n, w) for n, w in ((ranks, way), (1, "ddp")))
+    # Sums in another order: float32 rounding, amplified by AdamW, whose first steps divide by tiny moments.
+    trajectories.assert_same(ours, expected, 2e-3, steps=len(trajectories.trajectory(expected)))
+
+
+@pytest.mark.parametrize("folder", [".", "back"])
+def test_checkpoints_pass_between_strategies_and_numbers_of_ranks(runs: Path, folder: str) -> None:
+    assert "goes on from step 2" in (runs / folder / "said-4.txt").read_text()
+    trajectories.assert_same(runs / folder / "handed-over", runs / "whole-1-ddp", 2e-3, steps=8)
+
+
+@pytest.mark.parametrize("way", test_shared_prefix_ranks.WAYS)
+def test_two_ranks_give_the_gradients_of_one(gradients: Path, way: str) -> None:
+    test_shared_prefix_ranks.assert_gradients_of_one(gradients, f"zero3{way}")
+
+
+def test_half_precision_is_as_near_to_float32(gradients: Path) -> None:
+    test_shared_prefix_ranks.assert_as_near(gradients, "zero3 half")
+
+
+@pytest.mark.parametrize("build", test_shared_prefix_ranks.FAMILIES, ids=lambda build: build.__name__)
+def test_families(gradients: Path, build: families.Builder) -> None:
+    test_shared_prefix_ranks.test_families_with_sharded_weights(gradients, build)
