@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from unirg import sft
+from unirg.data import load_studies
 from unirg.grpo import loop
-from unirg.plan.compute import StageCost, stage_cost
+from unirg.plan.compute import stage_cost
 from unirg.plan.machine import Machine, machine, measured_cpu
+from unirg.plan.memory import weights_of
 from unirg.plan.policy import plan_policy
+from unirg.plan.stage import plan_stage
 from unirg.recipe.load import load_recipe
 from unirg.recipe.schema import GrpoStage, OptimiserConfig, Recipe, SftStage, StageConfig
 from unirg.rollout.hf import HFSampler
@@ -42,28 +45,41 @@ PHASES = {
     "backward": (["backward"], ["time/backward"]),
 }
 Rows = Sequence[dict[str, Any]]
+Clock = Callable[[], float]
 
 
 def compare(
-    recipe: Recipe, stage: StageConfig, rows: Rows, device: Machine, step: str, world: int = 1
+    recipe: Recipe, stage: StageConfig, rows: Rows, device: Machine, step: str, world: int = 1, clock: Clock = time.time
 ) -> list[dict[str, Any]]:
     """Predicted and measured seconds of each phase on one rank, medians over the steps but the first; `step` names the
     whole's."""
     rows = rows[1:]
-    policy, lengths = plan_policy(recipe, None, None)
+    policy, lengths = plan_policy(recipe, None, None, clock)
     if isinstance(stage, GrpoStage):
         mean = statistics.median(row["completions/mean_length"] for row in rows)
         longest = statistics.median(row["completions/max_length"] for row in rows)
         lengths = replace(lengths, report=round(mean), longest_report=round(longest))
-    cost: StageCost = stage_cost([(policy, 1.0)], lengths, stage, world, recipe.policy.gradient_checkpointing)
-    predicted = {name: phase.seconds(device)[0] for name, phase in cost.phases.items() if phase.pieces}
+    cost = stage_cost([(policy, 1.0)], lengths, recipe, stage, world)
+    planned = plan_stage(
+        recipe,
+        stage,
+        weights_of(policy, stage),
+        cost,
+        lengths,
+        device,
+        nodes=1,
+        gpus=world,
+        sampling_gpus=0,
+        reward_seconds={},
+    )
+    predicted = {name: phase["seconds"] for name, phase in planned["phases"].items()}
     measured = {name: statistics.median(row.get(name, 0.0) for row in rows) for name in rows[0] if "time/" in name}
     pairs = {
         name: (sum(predicted.get(p, 0.0) for p in ours), sum(measured[m] for m in theirs))
         for name, (ours, theirs) in PHASES.items()
         if all(m in measured for m in theirs)
     }
-    pairs["step"] = (sum(predicted.values()), measured[step])
+    pairs["step"] = (planned["step_seconds"], measured[step])
     return [
         {"policy": recipe.name, "stage": stage.name, "phase": name, "predicted": ours, "measured": theirs}
         for name, (ours, theirs) in pairs.items()
@@ -73,8 +89,6 @@ def compare(
 def small_runs(steps: int) -> list[dict[str, Any]]:
     """SFT and GRPO steps of the demo's policy on small films, and of one with six layers of 384 on large ones."""
     measure.one_thread()
-    device = measured_cpu(time.process_time)
-    print(device, file=sys.stderr)
     loop.Stopwatch = measure.CpuStopwatch
     scaled = {"hidden": 384, "layers": 6, "heads": 6, "mlp": 1152, "vision_hidden": 128, "vision_layers": 5}
     results = []
@@ -89,14 +103,18 @@ def small_runs(steps: int) -> list[dict[str, Any]]:
             GrpoStage(kind="grpo", name="grpo", **grpo),
             GrpoStage(kind="grpo", name="grpo_kl", **grpo | {"loss": {"kl": 0.03}}),
         ):
+            device = measured_cpu(time.process_time)  # beside the steps: neighbours slow both
+            print(device, file=sys.stderr)
             work = measure.our_stage(stage, studies * steps, image, **sizes)
+            work.studies = load_studies(work.recipe.data, "train")  # none of its films is drawn yet
             if isinstance(stage, GrpoStage):
                 reference = loop.load_reference(work)
                 loop.run_grpo(work, HFSampler(work.policy), ScoringEngine(stage.rewards), None, reference)
             else:
                 sft.run_sft(work, None)
             recipe = work.recipe.model_copy(update={"name": name})
-            results += compare(recipe, stage, read_metrics(work.folder), device, "time/step_cpu")
+            rows = read_metrics(work.folder)
+            results += compare(recipe, stage, rows, device, "time/step_cpu", clock=time.process_time)
     return results
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from unirg.errors import UserError
 from unirg.plan.compute import stage_cost
+from unirg.plan.disk import run_bytes
 from unirg.plan.machine import RESERVE, Machine, machine
 from unirg.plan.memory import weights_of
 from unirg.plan.policy import Given, Lengths, in_depth, parameters, plan_policy
@@ -57,7 +58,8 @@ def _at_least(arguments: argparse.Namespace, name: str, least: int) -> None:
 
 def parse_seconds(texts: Sequence[str], recipe: Recipe) -> dict[str, float]:
     """`r1=0.001` as {"r1": 0.001}. Raises UserError for what is no such pair, and for rewards that no stage has."""
-    labels = {reward.log_label for stage in recipe.stages for reward in getattr(stage, "rewards", [])}
+    rewards = [reward for stage in recipe.stages for reward in getattr(stage, "rewards", [])]
+    labels = {reward.log_label for reward in (*rewards, *recipe.evaluation.metrics)}
     found = {}
     for text in texts:
         label, _, value = text.partition("=")
@@ -66,7 +68,8 @@ def parse_seconds(texts: Sequence[str], recipe: Recipe) -> dict[str, float]:
         except ValueError as error:
             raise UserError(f"--reward-seconds: expected LABEL=SECONDS such as r1=0.001, got '{text}'") from error
         if label not in labels:
-            raise UserError(f"--reward-seconds: no stage has a reward '{label}'; there are {', '.join(sorted(labels))}")
+            there = ", ".join(sorted(labels)) or "none"
+            raise UserError(f"--reward-seconds: the recipe has no reward or metric '{label}'; there are {there}")
         if not 0 <= found[label] < float("inf"):
             raise UserError(f"--reward-seconds: expected seconds of 0 or more, got '{text}'")
     return found
@@ -96,7 +99,6 @@ def make_plan(
     with contextlib.redirect_stderr(io.StringIO()):  # transformers' advice on loading is not about a plan
         policy, lengths = plan_policy(recipe, config, given)
         policies = in_depth(recipe, policy)
-    checkpointing = recipe.policy.gradient_checkpointing
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     stages = []
     done: list[tuple[Any, Any]] = []
@@ -104,7 +106,7 @@ def make_plan(
         alike = stage.model_copy(update={"name": "", "sees": "", "steps": 1, "start": None, "data": None})
         cost = next((cost for other, cost in done if other == alike), None)
         if cost is None:
-            cost = stage_cost(policies, lengths, stage, world, checkpointing)
+            cost = stage_cost(policies, lengths, recipe, stage, world)
             done.append((alike, cost))
         stages.append(
             plan_stage(
@@ -112,6 +114,7 @@ def make_plan(
                 stage,
                 weights_of(policy, stage),
                 cost,
+                lengths,
                 device,
                 nodes=nodes,
                 gpus=gpus,
@@ -131,6 +134,7 @@ def make_plan(
         "strategy": recipe.distributed.strategy if world > 1 else "one process",
         "engine": recipe.rollout.engine,
         "lengths": _lengths(lengths),
+        "disk": run_bytes(recipe, policy),
         "stages": stages,
         "assumptions": assumptions(recipe, device, lengths, nodes, world),
     }
@@ -168,13 +172,23 @@ def assumptions(recipe: Recipe, device: Machine, lengths: Lengths, nodes: int, w
         f"lengths: {lengths.source}; every study has a prompt of {len(lengths.prompt)} tokens (the longest has "
         f"{len(lengths.longest_prompt)}) and reports of {lengths.report} (the longest {lengths.longest_report})"
     )
+    if lengths.reading is None:
+        said.append("studies are read in no time: there are none here to measure")
+    else:
+        keeps = "each once by every rank, which keeps them" if lengths.kept else "anew in every epoch"
+        said.append(f"a study is read in {lengths.reading * 1000:.3g} ms, measured on this CPU; {keeps}")
     if recipe.rollout.engine == "vllm":
         said.append(f"vLLM decodes at most {VLLM_ROWS} reports at once, limited by its bandwidth or products alone")
+    elif any(getattr(stage, "ahead", False) for stage in recipe.stages):
+        said.append("one step ahead, the policy and its copy that samples take turns on one device: no time is saved")
     said += [
-        "rewards: "
+        "rewards and metrics: "
         + ", ".join(f"{name} {value:.3g}" for name, value in REWARD_SECONDS.items())
         + " CPU seconds a report (benchmarks/README.md) where not given, on whatever device the recipe puts them; a "
         "worker for each on every rank",
-        "left out: evaluations, checkpoints, loading, the first step's self-check, resampling, images read from disk",
+        f"checkpoints go to disk at {device.disk / 1e9:.3g} GB/s, all ranks together; the best policy is written at "
+        "every evaluation",
+        "left out: the evaluation at the end, which one process makes; loading, the first step's self-check, "
+        "resampling, waiting for slower ranks",
     ]
     return said

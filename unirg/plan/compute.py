@@ -6,20 +6,21 @@ tokens to a prompt of P, N rows that are decoded together.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from unirg.evaluation.run import max_new_tokens
 from unirg.grpo.forward import DENSE, Forward, plan_forwards
 from unirg.grpo.shared_prefix import packed_forward, prepare
 from unirg.plan.machine import Machine
 from unirg.plan.policy import Lengths, with_text
 from unirg.plan.trace import Cost, Tracer
 from unirg.policy import EncodedPrompt, Policy
-from unirg.recipe.schema import GrpoStage, SftStage, StageConfig, VisionStage
+from unirg.recipe.schema import GrpoStage, Recipe, SftStage, StageConfig, VisionStage
 from unirg.rollout.hf import DROP_SHARE, HFSampler, _keep_rows
 from unirg.steps import build_optimiser
 from unirg.vision import Probe
@@ -46,7 +47,8 @@ class Phase:
         for cost, times in self.pieces:
             for operation in cost.operations:
                 rate = machine.half if operation.half else machine.single
-                products = operation.flops / (rate * machine.compute_share)
+                slower = getattr(machine, operation.kind, 1.0)
+                products = slower * operation.flops / (rate * machine.compute_share)
                 moving = operation.bytes / (machine.bandwidth * machine.bandwidth_share)
                 compute += times * products * (products >= moving)
                 memory += times * moving * (products < moving)
@@ -59,73 +61,96 @@ class Phase:
 
 
 @dataclass
+class Reports:
+    """What writing reports costs one rank, with the Hugging Face engine."""
+
+    prefill: Phase
+    decode: Phase
+    studies: int
+    size: int
+    """Reports of each study."""
+    report: int
+    longest_report: int
+    peaks: dict[str, tuple[float, float]]
+    """As `StageCost.peaks`, of prefill and decode (keys and values)."""
+    kv_cache: int
+    """Keys and values when the longest reports end."""
+    kv_numbers: int
+    """Numbers that one token of one row keeps in the cache."""
+    decoded_flops: float
+    """FLOPs of one decoded token."""
+
+
+@dataclass
 class StageCost:
     """Phases of a stage's step on one rank, and its memory in bytes beyond weights, gradients and optimiser state."""
 
     phases: dict[str, Phase]
+    """Of the update: forward, backward, reference, optimiser."""
     forward_tokens: int
     """Tokens of the fullest forward."""
     peaks: dict[str, tuple[float, float]]
-    """The most alive in that forward and that backward (activations, logits), in prefill and decode of the Hugging Face
-    engine (keys and values); and how much of it are weights in bfloat16, made by autocast."""
+    """The most alive in that forward and that backward (activations, logits); and how much of it are weights in
+    bfloat16, made by autocast."""
     logits: int
     """The head's logits and their gradient, in that forward."""
     optimiser_state: int = 0
     optimiser_peak: int = 0
-    kv_cache: int = 0
-    """Keys and values when the longest reports end."""
-    kv_numbers: int = 0
-    """Numbers that one token of one row keeps in the cache."""
-    decoded_flops: float = 0.0
-    """FLOPs of one decoded token."""
-    report: int = 0
-    longest_report: int = 0
+    sampling: Reports | None = None
+    """Of one batch, which `iterations` steps share."""
+    evaluation: Reports | None = None
+    """Of one dev evaluation."""
     unshared: dict[str, float] = field(default_factory=dict)
     """FLOPs of forward, backward and reference pass, were every prompt read once per report."""
 
-    def peak(self, *phases: str, cast: bool = True) -> tuple[float, float]:
-        """The fullest of these phases' peaks; without `cast` weights in bfloat16 do not count."""
-        return max((self.peaks[name] for name in phases), key=lambda peak: peak[0] - (0 if cast else peak[1]))
+
+def fullest(peaks: Mapping[str, tuple[float, float]], *, cast: bool = True) -> tuple[float, float]:
+    """The fullest of these peaks; without `cast` weights in bfloat16 do not count."""
+    return max(peaks.values(), key=lambda peak: peak[0] - (0 if cast else peak[1]))
 
 
 def stage_cost(
-    policies: Sequence[tuple[Policy, float]], lengths: Lengths, stage: StageConfig, world: int, checkpointing: bool
+    policies: Sequence[tuple[Policy, float]], lengths: Lengths, recipe: Recipe, stage: StageConfig, world: int
 ) -> StageCost:
     """The stage's step on one of `world` ranks. The caller has seen that studies divide by ranks.
 
     `policies` are the policy; or shallow ones, of which its cost is a sum with these weights (see `in_depth`).
     """
-    costs = [(_stage_cost(policy, lengths, stage, world, checkpointing), share) for policy, share in policies]
-    first = costs[0][0]
-    if len(costs) == 1:
-        return first
-    phases = {}
-    for name, phase in first.phases.items():
-        pieces = [(piece, times * share) for cost, share in costs for piece, times in cost.phases[name].pieces]
-        phases[name] = Phase(pieces, phase.tokens, phase.passes)
-    same = ("phases", "peaks", "forward_tokens", "logits", "report", "longest_report", "unshared")
-    sums = {
-        field.name: sum(getattr(cost, field.name) * share for cost, share in costs)
-        for field in fields(StageCost)
-        if field.name not in same
-    }
-    unshared = {name: sum(cost.unshared[name] * share for cost, share in costs) for name in first.unshared}
-    rounded = {name: value if name == "decoded_flops" else round(value) for name, value in sums.items()}
-    peaks = {}
-    for name in first.peaks:
-        all_bytes, copies = (sum(cost.peaks[name][i] * share for cost, share in costs) for i in (0, 1))
-        peaks[name] = (all_bytes, copies)
-    return replace(first, phases=phases, peaks=peaks, unshared=unshared, **rounded)
+    cost: StageCost = _sum([(_stage_cost(policy, lengths, recipe, stage, world), share) for policy, share in policies])
+    return cost
 
 
-def _stage_cost(policy: Policy, lengths: Lengths, stage: StageConfig, world: int, checkpointing: bool) -> StageCost:
-    studies = stage.studies_per_step // world
+def _sum(parts: Sequence[tuple[Any, float]]) -> Any:
+    """Costs times their shares, which add up to 1, field by field."""
+    first = parts[0][0]
+    if isinstance(first, Phase):
+        return replace(first, pieces=[(cost, times * share) for phase, share in parts for cost, times in phase.pieces])
+    if is_dataclass(first) and not isinstance(first, type):
+        of = [field.name for field in fields(first)]
+        return replace(first, **{name: _sum([(getattr(part, name), share) for part, share in parts]) for name in of})
+    if isinstance(first, dict):
+        return {name: _sum([(part[name], share) for part, share in parts]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(_sum([(part[i], share) for part, share in parts]) for i in range(len(first)))
+    if first is None:
+        return None
+    total = sum(part * share for part, share in parts)
+    return round(total) if isinstance(first, int) else total
+
+
+def _stage_cost(policy: Policy, lengths: Lengths, recipe: Recipe, stage: StageConfig, world: int) -> StageCost:
+    studies, checkpointing = stage.studies_per_step // world, recipe.policy.gradient_checkpointing
     if isinstance(stage, VisionStage):
-        return _vision(policy, lengths, studies, stage, checkpointing)
+        return _vision(policy, lengths, studies, stage)
     if isinstance(stage, SftStage):
-        return _sft(policy, lengths, studies, stage, checkpointing)
-    assert isinstance(stage, GrpoStage)
-    return _grpo(policy, lengths, studies, stage, checkpointing)
+        cost = _sft(policy, lengths, studies, stage, checkpointing)
+    else:
+        assert isinstance(stage, GrpoStage)
+        cost = _grpo(policy, lengths, studies, stage, checkpointing)
+    if stage.evaluate_every:
+        config, read = recipe.evaluation, math.ceil(stage.evaluate_studies / world)
+        cost.evaluation = _reports(policy, lengths, read, 1, config.batch_size, max_new_tokens(recipe), 0.0)
+    return cost
 
 
 def _autocast(policy: Policy) -> bool:
@@ -174,7 +199,8 @@ def _grpo(policy: Policy, lengths: Lengths, studies: int, stage: GrpoStage, chec
     shares = stage.shared_prefix and prepare(policy) is None
     forward = packed_forward("sdpa") if shares else DENSE
     prompt, trained = lengths.prompt, min(stage.train_on or stage.group_size, stage.group_size)
-    report, longest = (min(n, stage.sampling.max_new_tokens) for n in (lengths.report, lengths.longest_report))
+    sampling = stage.sampling
+    report = min(lengths.report, sampling.max_new_tokens)
     group = [report] * trained
     plan = plan_forwards(
         forward,
@@ -183,7 +209,7 @@ def _grpo(policy: Policy, lengths: Lengths, studies: int, stage: GrpoStage, chec
         budget=stage.tokens_per_forward,
         groups=stage.studies_per_forward,
     )
-    phases = {name: Phase() for name in ("prefill", "decode", "reference", "forward", "backward", "optimiser")}
+    phases = {name: Phase() for name in ("reference", "forward", "backward", "optimiser")}
     kinds: dict[tuple[int, ...], int] = {}
     for parts in plan:
         kind = tuple(len(part.answers) for part in parts)
@@ -206,8 +232,12 @@ def _grpo(policy: Policy, lengths: Lengths, studies: int, stage: GrpoStage, chec
         phases["reference"].tokens, phases["reference"].passes = phases["forward"].tokens, len(plan)
     cost, state = _optimiser(policy, stage)
     phases["optimiser"].pieces.append((cost, 1))
+    phases = {name: phase for name, phase in phases.items() if phase.pieces}
     made = StageCost(phases, tokens, peaks, logits, state, cost.peak)
-    _sampling(made, policy, prompt, studies, stage, report, longest)
+    size, rows = stage.group_size, sampling.rows_per_forward
+    made.sampling = _reports(
+        policy, lengths, studies, size, rows // size, sampling.max_new_tokens, sampling.temperature
+    )
     ahead, back = _update(policy, DENSE, [prompt], [group], checkpointing)
     made.unshared = {"forward": ahead.flops * studies, "backward": back.flops * studies}
     made.unshared["reference"] = made.unshared["forward"] if stage.loss.kl else 0.0
@@ -215,14 +245,16 @@ def _grpo(policy: Policy, lengths: Lengths, studies: int, stage: GrpoStage, chec
 
 
 @torch.no_grad()
-def _sampling(
-    made: StageCost, policy: Policy, prompt: EncodedPrompt, studies: int, stage: GrpoStage, report: int, longest: int
-) -> None:
-    """Prefill and decode as the Hugging Face engine does them, a batch of whole groups at a time."""
-    size = stage.group_size
-    batch = max(1, min(studies, stage.sampling.rows_per_forward // size))
-    batches = studies / batch / stage.iterations
-    sampler = HFSampler(policy, stage.sampling.rows_per_forward)
+def _reports(
+    policy: Policy, lengths: Lengths, studies: int, size: int, batch: int, limit: int, temperature: float
+) -> Reports:
+    """`size` reports of each study, of at most `limit` tokens, as the Hugging Face engine writes them, `batch` studies
+    at a time."""
+    prompt = lengths.prompt
+    report, longest = (min(n, limit) for n in (lengths.report, lengths.longest_report))
+    batch = max(1, min(studies, batch))
+    batches = studies / batch
+    sampler = HFSampler(policy)
     policy.model.eval()
     with Tracer(policy.model, _autocast(policy), False) as tracer:
         with tracer.part() as prefill:
@@ -231,7 +263,7 @@ def _sampling(
         del logits_BV
         first: Any = cache.layers[0]
         per_token = len(cache.layers) * sum(x[0, :, 0].nbytes for x in (first.keys, first.values))
-        made.kv_numbers = per_token // first.keys.element_size()
+        kv_numbers = per_token // first.keys.element_size()
         del cache, first
     # Reports end at different times: `longest` steps, of as many rows on average as make up all tokens, and those that
     # are finished and not yet dropped.
@@ -249,16 +281,22 @@ def _sampling(
                 past_key_values=cache,
                 use_cache=True,
             )
-            sampler._draw(out.logits[:, -1], np.zeros(rows), stage.sampling.temperature)
-    phases = made.phases
-    phases["prefill"] = Phase([(prefill, batches)], batches * batch * len(prompt), batches)
-    steps = batches * longest
-    phases["decode"] = Phase([(decode, steps)], batches * batch * size * report, steps)
-    made.decoded_flops, made.report, made.longest_report = decode.flops / rows, report, longest
-    made.kv_cache = per_token * batch * size * (len(prompt) + longest)
+            sampler._draw(out.logits[:, -1], np.zeros(rows), temperature)
+    kv_cache = per_token * batch * size * (len(prompt) + longest)
     # The cache is longest at the end; appending to it copies one layer at a time.
-    grown = decode.peak + made.kv_cache - per_token * rows * mask_1P.shape[1]
-    made.peaks |= {"prefill": (prefill.peak, prefill.copies), "decode": (grown, decode.copies)}
+    grown = decode.peak + kv_cache - per_token * rows * mask_1P.shape[1]
+    return Reports(
+        Phase([(prefill, batches)], studies * len(prompt), batches),
+        Phase([(decode, batches * longest)], studies * size * report, batches * longest),
+        studies,
+        size,
+        report,
+        longest,
+        {"prefill": (prefill.peak, prefill.copies), "decode": (grown, decode.copies)},
+        kv_cache,
+        kv_numbers,
+        decode.flops / rows,
+    )
 
 
 def _sft(policy: Policy, lengths: Lengths, studies: int, stage: SftStage, checkpointing: bool) -> StageCost:
@@ -276,7 +314,7 @@ def _sft(policy: Policy, lengths: Lengths, studies: int, stage: SftStage, checkp
     return StageCost(phases, tokens, _peaks(ahead, back), _logits(policy, size * report), state, cost.peak)
 
 
-def _vision(policy: Policy, lengths: Lengths, studies: int, stage: VisionStage, checkpointing: bool) -> StageCost:
+def _vision(policy: Policy, lengths: Lengths, studies: int, stage: VisionStage) -> StageCost:
     with torch.device("meta"):
         probe = Probe(policy, ["finding"] * 14)
     probe.tower.requires_grad_(True)

@@ -5,6 +5,7 @@ Sources: NVIDIA's data sheets of H100 SXM, H200 SXM, A100 SXM (80 and 40 GB), L4
 """
 
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,6 +34,12 @@ class Machine:
     compute_share: float = 0.5
     """What matrix products reach of the peak."""
     bandwidth_share: float = 0.8
+    attention: float = 1.0
+    """How many times as long as products of as many FLOPs fused attention takes,"""
+    convolution: float = 1.0
+    """and a tower's convolution over patches."""
+    disk: float = 1e9
+    """Bytes per second of checkpoints to the run folder's disk, all ranks together: assumed."""
     measured: bool = False
 
     @property
@@ -62,33 +69,57 @@ def machine(name: str, compute_share: float | None = None) -> Machine:
 def measured_cpu(clock: Callable[[], float] = time.perf_counter) -> Machine:
     """This machine with torch's present number of threads, by `clock`.
 
-    Products are of 512 x 512 matrices. Memory is what a mix of a model's other operations moves (sums, SiLU, softmax,
-    transposed copies, each into new memory): on a CPU they are far from the bandwidth of a plain copy. Starting an
-    operation is what a linear layer on a few numbers takes, Python included.
+    Products are of 512 x 512 matrices; attention is of 8 heads over 128 tokens, the convolution over 256 patches of a
+    film. Memory is what a mix of a model's other operations moves (sums, SiLU, softmax, transposed copies) among 128
+    MiB, more than caches hold, as a forward's activations are. Starting an operation is what a linear layer on a few
+    numbers takes, Python included.
     """
-    a = torch.randn(512, 512)
-    h = a.bfloat16()
-    x = torch.randn(2048, 512)
-    blocks = x.view(-1, 64, 64)
-    mix = (
-        _seconds(lambda: x + x, clock)
-        + _seconds(lambda: torch.nn.functional.silu(x), clock)
-        + _seconds(lambda: x.softmax(-1), clock)
-        + _seconds(lambda: blocks.transpose(1, 2).contiguous(), clock)
-    )
+    a, x = torch.randn(512, 512), torch.randn(1, 8, 128, 64)
+    half, single = (2 * 512**3 / _seconds(lambda m=m: m @ m, clock) for m in (a.bfloat16(), a))  # type: ignore[misc]
+    attended = _seconds(lambda: torch.nn.functional.scaled_dot_product_attention(x, x, x), clock)
+    patches, embed = torch.randn(256, 3, 2, 16, 16), torch.nn.Conv3d(3, 64, (2, 16, 16), (2, 16, 16))
+    with torch.no_grad():
+        embedded = _seconds(lambda: embed(patches), clock)
     few, layer = torch.zeros(8, 8), torch.nn.Linear(8, 8)
     launch = _seconds(lambda: [layer(few) for _ in range(100)], clock) / 100
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    half, single = (2 * 512**3 / _seconds(lambda m=m: m @ m, clock) for m in (h, a))  # type: ignore[misc]
-    return Machine("cpu", half, single, 9 * x.nbytes / mix, memory, launch, 1e9, 1e9, 1.0, 1.0, measured=True)
+    return Machine(
+        name="cpu",
+        half=half,
+        single=single,
+        bandwidth=_bandwidth(clock),
+        memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+        launch=launch,
+        node=1e9,
+        network=1e9,
+        compute_share=1.0,
+        bandwidth_share=1.0,
+        attention=attended * single / (4 * 8 * 128**2 * 64),
+        convolution=embedded * single / (2 * 256 * 64 * 3 * 2 * 16**2),
+        measured=True,
+    )
+
+
+def _bandwidth(clock: Callable[[], float]) -> float:
+    """Bytes per second of operations on 16 tensors of 4 MiB each, into 16 others."""
+    pairs = [(torch.randn(2048, 512), torch.empty(2048, 512)) for _ in range(16)]
+    before = [x for x, _ in pairs[-1:] + pairs[:-1]]
+    turned = [(x.view(-1, 64, 64).transpose(1, 2), out.view(-1, 64, 64)) for x, out in pairs]
+    works: list[Callable[[], object]] = [
+        lambda: [torch.add(x, y, out=out) for (x, out), y in zip(pairs, before, strict=True)],
+        lambda: [torch.ops.aten.silu.out(x, out=out) for x, out in pairs],
+        lambda: [torch.softmax(x, -1, out=out) for x, out in pairs],
+        lambda: [out.copy_(x) for x, out in turned],
+    ]
+    moved = (3 + 2 + 2 + 2) * sum(x.nbytes for x, _ in pairs)
+    return moved / sum(_seconds(work, clock) for work in works)
 
 
 def _seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
-    """The best of several tries: neighbours only ever add to it."""
+    """The median of several tries: a run has the same neighbours."""
     work()
     tries = []
-    for _ in range(25):
+    for _ in range(15):
         started = clock()
         work()
         tries.append(clock() - started)
-    return min(tries)
+    return statistics.median(tries)

@@ -1,17 +1,19 @@
-"""Memory of one GPU, by part, at a step's three moments: sampling, forward and backward, the optimiser's step."""
+"""Memory of one GPU, by part: while sampling, in forward and backward, in the optimiser's step, while evaluating."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from unirg.distributed import stacked_layers
-from unirg.plan.compute import StageCost
+from unirg.plan.compute import Reports, StageCost, fullest
 from unirg.plan.machine import RESERVE, Machine
 from unirg.policy import Policy
 from unirg.recipe.schema import GrpoStage, Recipe, StageConfig, VisionStage
 
 Moment = dict[str, float]
 """Bytes by part."""
+LIVE, BUCKET = 1_000_000_000, 500_000_000
+"""DeepSpeed's defaults: weights that it keeps gathered, and gradients that it sums at once, in numbers."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def reference_bytes(recipe: Recipe, stage: StageConfig, weights: Weights) -> int
 
 def shards(recipe: Recipe, stage: StageConfig, world: int) -> int:
     """Over how many ranks weights, gradients and optimiser state are sharded: a vision stage's never are."""
-    return world if recipe.distributed.strategy == "fsdp2" and not isinstance(stage, VisionStage) else 1
+    return 1 if recipe.distributed.strategy == "ddp" or isinstance(stage, VisionStage) else world
 
 
 def moments(
@@ -64,44 +66,58 @@ def moments(
 ) -> dict[str, Moment]:
     """Bytes by part of each moment on one of `world` ranks."""
     shard = shards(recipe, stage, world)
-    sharded = shard > 1
+    fsdp2, zero3 = (shard > 1 and recipe.distributed.strategy == name for name in ("fsdp2", "zero3"))
     half = 2 if recipe.policy.dtype == "bfloat16" else 4
     held = {
         "weights": weights.all / shard,
         "optimiser": cost.optimiser_state / shard,
         "reference policy": reference_bytes(recipe, stage, weights) / shard,
     }
-    vllm = isinstance(stage, GrpoStage) and recipe.rollout.engine == "vllm" and recipe.rollout.vllm.mode == "colocate"
+    if zero3:
+        held |= {"DeepSpeed's copy of what is trained": weights.trained / shard, "DeepSpeed's bucket": BUCKET * 4}
+    if isinstance(stage, GrpoStage) and stage.ahead and recipe.rollout.engine == "hf":
+        held["sampler's copy"] = weights.all
+    vllm = recipe.rollout.engine == "vllm" and recipe.rollout.vllm.mode == "colocate"
+    vllm = vllm and (cost.sampling is not None or cost.evaluation is not None)
     if vllm and not recipe.rollout.vllm.sleep:
         held["vLLM, colocated"] = recipe.rollout.vllm.gpu_memory_utilization * machine.memory
     gradients = {"gradients": weights.trained / shard}
-    alive, cast = cost.peak("forward", "backward", cast=not sharded)
+    alive, cast = fullest(cost.peaks, cast=not fsdp2)
     copies, logits = cast, min(cost.logits, alive - cast)
     update = held | gradients
-    if sharded:  # two layers at a time, with their gradients, and what stands outside of layers
+    if fsdp2:  # two layers at a time, with their gradients, and what stands outside of layers
         update["gathered weights and gradients"] = 2 * weights.largest * (2 * half + 4) + weights.rest * (4 + 4)
         copies = weights.rest * half if half == 2 else 0
+    elif zero3:
+        update["gathered weights"] = min(1.0, LIVE / weights.count) * weights.all
     update |= {
         "bfloat16 weights (autocast)": copies,
         "logits": logits,
         "activations": alive - cast - logits,
     }
-    step = held | gradients | {"optimiser's temporaries": cost.optimiser_peak / shard}
-    found = {"forward and backward": update, "optimiser": step}
-    if isinstance(stage, GrpoStage):
-        sampling = dict(held)
+    found = {
+        "forward and backward": update,
+        "optimiser": held | gradients | {"optimiser's temporaries": cost.optimiser_peak / shard},
+    }
+
+    def writing(reports: Reports) -> Moment:
         if vllm and recipe.rollout.vllm.sleep:
-            sampling["vLLM, colocated"] = recipe.rollout.vllm.gpu_memory_utilization * machine.memory
-        elif recipe.rollout.engine == "hf":
-            if sharded:
-                sampling["gathered weights"] = weights.layered * half + weights.rest * 4
-            alive, cast = cost.peak("prefill", "decode", cast=not sharded)
-            sampling |= {
-                "KV cache": cost.kv_cache,
-                "bfloat16 weights (autocast)": 0 if sharded else cast,
-                "activations": max(0.0, alive - cost.kv_cache - cast),
-            }
-        found = {"sampling": sampling} | found
+            return held | {"vLLM, colocated": recipe.rollout.vllm.gpu_memory_utilization * machine.memory}
+        if recipe.rollout.engine == "vllm":
+            return held
+        alive, cast = fullest(reports.peaks, cast=not fsdp2)
+        gathered = weights.layered * half + weights.rest * 4 if fsdp2 else weights.all if zero3 else 0
+        return held | {
+            "gathered weights": gathered,
+            "KV cache": reports.kv_cache,
+            "bfloat16 weights (autocast)": 0 if fsdp2 else cast,
+            "activations": max(0.0, alive - reports.kv_cache - cast),
+        }
+
+    if cost.sampling is not None:
+        found = {"sampling": writing(cost.sampling)} | found
+    if cost.evaluation is not None:
+        found["evaluation"] = writing(cost.evaluation)
     return {moment: {name: float(size) for name, size in parts.items() if size} for moment, parts in found.items()}
 
 
@@ -133,11 +149,14 @@ def advice(recipe: Recipe, stage: Any, found: Mapping[str, Moment], machine: Mac
         else:
             size = max(1, (stage.studies_per_forward or stage.studies_per_step // world) // 2)
             saves.append((0.5 * saved, f"stages.{stage.name}.studies_per_forward={size}"))
-    if moment == "sampling" and recipe.rollout.engine == "hf":
+    if moment in ("sampling", "evaluation") and recipe.rollout.engine == "hf":
         saved = parts.get("KV cache", 0.0) + parts.get("activations", 0.0)
-        rows = max(stage.group_size, stage.sampling.rows_per_forward // 2)
-        saves.append((0.5 * saved, f"stages.{stage.name}.sampling.rows_per_forward={rows}"))
-    if recipe.distributed.strategy == "fsdp2" or world == 1:
+        if moment == "sampling":
+            rows = max(stage.group_size, stage.sampling.rows_per_forward // 2)
+            saves.append((0.5 * saved, f"stages.{stage.name}.sampling.rows_per_forward={rows}"))
+        else:
+            saves.append((0.5 * saved, f"evaluation.batch_size={max(1, recipe.evaluation.batch_size // 2)}"))
+    if recipe.distributed.strategy != "ddp" or world == 1:
         saves.append((state / 2, "more GPUs (--nodes, --gpus)" + ("" if world > 1 else " and fsdp2")))
     saves = [save for save in saves if save[0] > 0.02 * needed]
     return [text for _, text in sorted(saves, key=lambda save: -save[0])[:4]]

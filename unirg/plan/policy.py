@@ -3,7 +3,9 @@ given."""
 
 import copy
 import math
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from unirg.data import load_studies
 from unirg.errors import UserError
-from unirg.policy import EncodedPrompt, Policy, vision_tower, with_lora
+from unirg.policy import PROMPT_CACHE_BYTES, EncodedPrompt, Policy, vision_tower, with_lora
 from unirg.processor import is_text_only, load_processor, qwen_processor, tokenizer_of
 from unirg.prompt import build_messages, report_text
 from unirg.recipe.schema import Recipe
@@ -36,6 +38,10 @@ class Lengths:
     report: int
     longest_report: int
     source: str
+    reading: float | None = None
+    """Seconds that one process of this machine takes to read a study: its films, the processor, the tokenizer."""
+    kept: int | None = None
+    """How many studies there are, where a rank keeps all of them once it has read them."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,11 @@ class Given:
     report: int = 120
 
 
-def plan_policy(recipe: Recipe, config: Path | None, given: Given | None) -> tuple[Policy, Lengths]:
+def plan_policy(
+    recipe: Recipe, config: Path | None, given: Given | None, clock: Callable[[], float] = time.perf_counter
+) -> tuple[Policy, Lengths]:
     """The policy on the meta device, as stages train it (adapters, frozen tower), and its lengths. `given` lengths are
-    used as they are; None takes the recipe's studies where they can be read.
+    used as they are; None takes the recipe's studies where they can be read, timed by `clock`.
 
     Raises UserError where there is no configuration of the model, or a film's size would have to be guessed.
     """
@@ -76,7 +84,7 @@ def plan_policy(recipe: Recipe, config: Path | None, given: Given | None) -> tup
             processor.image_processor.size = {"shortest_edge": pixels, "longest_edge": pixels}
     policy = _policy(recipe, architecture, processor)
     if studies:
-        return policy, _measured(policy, studies)
+        return policy, _measured(policy, studies, clock)
     guess = given or Given()
     guess = replace(guess, film_size=settings.image_size or guess.film_size)
     if given is None:
@@ -163,14 +171,27 @@ def _processor(source: str, trust: bool) -> Any | None:
         return None
 
 
-def _measured(policy: Policy, studies: Sequence[Study]) -> Lengths:
+def _measured(policy: Policy, studies: Sequence[Study], clock: Callable[[], float]) -> Lengths:
     few = list(studies[:: max(1, math.ceil(len(studies) / SAMPLE))])
-    prompts = sorted((policy.encode(study) for study in few), key=len)
+    prompts, seconds = [], []
+    for study in few:
+        started = clock()
+        prompts.append(policy.encode(study))
+        seconds.append(clock() - started)
+    prompts.sort(key=len)
     reports = sorted(len(policy.answer_ids(report_text(study))) for study in few)
     mean = sum(map(len, prompts)) / len(prompts)
     typical = min(prompts, key=lambda prompt: abs(len(prompt) - mean))
-    source = f"{len(few)} of the recipe's {len(studies)} training studies, reports as long as the references"
-    return Lengths(typical, prompts[-1], round(sum(reports) / len(reports)), reports[-1], source)
+    held = sum(x.nbytes for prompt in prompts for x in prompt.images.values()) / len(prompts) * len(studies)
+    return Lengths(
+        typical,
+        prompts[-1],
+        round(sum(reports) / len(reports)),
+        reports[-1],
+        f"{len(few)} of the recipe's {len(studies)} training studies, reports as long as the references",
+        statistics.median(seconds),
+        len(studies) if held < PROMPT_CACHE_BYTES else None,
+    )
 
 
 def _assumed(policy: Policy, given: Given, why: str) -> Lengths:

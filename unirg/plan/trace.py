@@ -24,11 +24,13 @@ PICKS = {aten.embedding.default, aten.index_select.default, aten.index.Tensor, a
 
 @dataclass(frozen=True)
 class Operation:
-    """Floating point operations, bytes read and written, and whether matrix products are of half precision."""
+    """Floating point operations, bytes read and written, whether matrix products are of half precision, and what kind
+    of operation it is where products of as many FLOPs take less: `attention` (fused), `convolution`."""
 
     flops: int
     bytes: int
     half: bool
+    kind: str = ""
 
 
 @dataclass
@@ -63,7 +65,8 @@ class _Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in flop_registry and func._overloadpacket not in flop_registry:
+        counted = func in flop_registry or func._overloadpacket in flop_registry
+        if not counted and not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
             with self:
                 decomposed = func.decompose(*args, **kwargs)  # under no_grad composite operations arrive whole
             if decomposed is not NotImplemented:
@@ -87,7 +90,9 @@ class _Ledger(TorchDispatchMode):
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             flops = int(count(*args, **kwargs, out_val=out))
         half = any(x.dtype in (torch.bfloat16, torch.float16) for x in given)
-        self.cost.operations.append(Operation(flops, moved, half))
+        name = func._overloadpacket.__name__
+        kind = next((kind for kind in ("attention", "convolution") if kind in name), "")
+        self.cost.operations.append(Operation(flops, moved, half, kind))
 
     def _hold(self, x: torch.Tensor) -> None:
         storage = x.untyped_storage()

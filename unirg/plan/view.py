@@ -1,5 +1,6 @@
 """A plan as tables."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -27,20 +28,38 @@ def show(plan: dict[str, Any]) -> None:
         console.print()
         console.print(_memory(stage, plan["machine"]["memory"]))
         console.print(_phases(stage))
-        said = f"{readable(stage['step_seconds'])} a step, {stage['steps']} steps: "
-        said += f"{readable(stage['run_hours'] * 3600)}, {stage['gpu_hours']:.0f} GPU hours"
-        console.print(f"{stage['name']}: {said}; bound by {stage['bound']}", highlight=False, soft_wrap=True)
+        console.print(_beside(stage), highlight=False, soft_wrap=True)
+        said = f"{stage['name']}: {readable(stage['run_hours'] * 3600)}, {_gpu_hours([stage])}; "
+        console.print(f"{said}bound by {stage['bound']}", highlight=False, soft_wrap=True)
         if stage.get("try"):
             console.print(f"[red]does not fit[/red]; try {'; '.join(stage['try'])}", highlight=False, soft_wrap=True)
-        rewards = stage["phases"].get("rewards", {})
-        if rewards.get("unknown"):
-            names = ", ".join(rewards["unknown"])
-            said = f"[yellow]not counted[/yellow]: {names}; give --reward-seconds {rewards['unknown'][0]}=SECONDS"
+        unknown = [*stage["phases"].get("rewards", {}).get("unknown", [])]
+        unknown += stage["beside_steps"].get("evaluations", {}).get("unknown", [])
+        if unknown:
+            names = ", ".join(dict.fromkeys(unknown))
+            said = f"[yellow]not counted[/yellow]: {names}; give --reward-seconds {unknown[0]}=SECONDS"
             console.print(said, highlight=False, soft_wrap=True)
-    total_seconds = sum(stage["run_hours"] for stage in plan["stages"]) * 3600
-    console.print(f"\n[bold]all stages, one after another: {readable(total_seconds)}[/bold]", highlight=False)
+    seconds = sum(stage["run_hours"] for stage in plan["stages"]) * 3600
+    said = f"{readable(seconds)}, {_gpu_hours(plan['stages'])}; at most {_gb(plan['disk'])} GB on disk"
+    console.print(f"\n[bold]all stages, one after another: {said}[/bold]", highlight=False, soft_wrap=True)
     for text in plan["assumptions"]:
         console.print(f"- {text}", highlight=False, soft_wrap=True)
+
+
+def _beside(stage: dict[str, Any]) -> str:
+    """Steps, evaluations and checkpoints: how many, how long."""
+    parts = [f"{stage['steps']} steps of {readable(stage['step_seconds'])}"]
+    for name, of in stage["beside_steps"].items():
+        if of["count"] or of["seconds"]:
+            parts.append(f"{of['count']} {name if of['count'] != 1 else name[:-1]} {readable(of['seconds'])}")
+    return f"{stage['name']}: {', '.join(parts)}"
+
+
+def _gpu_hours(stages: Sequence[dict[str, Any]]) -> str:
+    trainers, samplers = (sum(stage[key] for stage in stages) for key in ("gpu_hours", "sampling_gpu_hours"))
+    if not samplers:
+        return f"{trainers:,.0f} GPU hours"
+    return f"{trainers + samplers:,.0f} GPU hours ({trainers:,.0f} training, {samplers:,.0f} sampling)"
 
 
 def _memory(stage: dict[str, Any], memory: float) -> Table:
