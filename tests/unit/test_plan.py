@@ -9,10 +9,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from unirg import cli
+from unirg import checkpoint, cli
 from unirg.data import load_studies
 from unirg.grpo.shared_prefix import packed_forward, packed_logps, prepare
 from unirg.plan.compute import StageCost, _update, stage_cost
+from unirg.plan.disk import checkpoint_bytes, run_bytes, written
 from unirg.plan.machine import GPUS
 from unirg.plan.memory import moments, weights_of
 from unirg.plan.policy import Given, Lengths, in_depth, parameters, plan_policy
@@ -92,7 +93,7 @@ def test_optimiser_state_is_that_of_a_real_step(path: Path) -> None:
         p.grad = torch.zeros_like(p)
     optimiser.step()
     held = sum(x.nbytes for values in optimiser.state.values() for x in values.values())
-    cost = stage_cost([(policy, 1.0)], lengths, stage, 1, False)
+    cost = stage_cost([(policy, 1.0)], lengths, recipe, stage, 1)
     assert cost.optimiser_state == held
     # AdamW's foreach form makes one more copy of what it trains.
     trained = sum(p.nbytes for p in built.model.parameters())
@@ -156,24 +157,29 @@ def test_checkpointing_trades_flops_for_memory(path: Path) -> None:
 
 def test_shallow_policies_add_up_to_the_deep_one(path: Path) -> None:
     sizes = ("policy.tiny.layers=9", "policy.tiny.vision_layers=8", "policy.dtype=bfloat16")
+    sizes += ("policy.gradient_checkpointing=true",)
     recipe, policy, lengths = planned(path, *sizes)
     shallow = in_depth(recipe, policy)
     assert len(shallow) == 3 and sum(share for _, share in shallow) == pytest.approx(1)
-    whole, summed = (stage_cost(some, lengths, recipe.stages[-1], 1, True) for some in ([(policy, 1.0)], shallow))
-    for name, phase in whole.phases.items():
-        assert summed.phases[name].flops == pytest.approx(phase.flops, rel=1e-9)
-        seconds = [cost.phases[name].seconds(GPUS["h100"])[0] for cost in (whole, summed)]
+    whole, summed = (stage_cost(some, lengths, recipe, recipe.stages[-1], 1) for some in ([(policy, 1.0)], shallow))
+    both = [
+        cost.phases | {"prefill": cost.sampling.prefill, "decode": cost.sampling.decode} for cost in (whole, summed)
+    ]
+    for name, phase in both[0].items():
+        assert both[1][name].flops == pytest.approx(phase.flops, rel=1e-9)
+        seconds = [phases[name].seconds(GPUS["h100"])[0] for phases in both]
         assert seconds[1] == pytest.approx(seconds[0], rel=0.02)
-    for name in ("optimiser_state", "kv_cache", "kv_numbers"):
-        assert getattr(summed, name) == pytest.approx(getattr(whole, name), rel=0.02)
-    for name, (alive, _) in whole.peaks.items():
-        assert summed.peaks[name][0] == pytest.approx(alive, rel=0.02)
+    for name in ("kv_cache", "kv_numbers", "studies", "size", "report"):
+        assert getattr(summed.sampling, name) == pytest.approx(getattr(whole.sampling, name), rel=0.02)
+    assert summed.optimiser_state == pytest.approx(whole.optimiser_state, rel=0.02)
+    for name, (alive, _) in (whole.peaks | whole.sampling.peaks).items():
+        assert (summed.peaks | summed.sampling.peaks)[name][0] == pytest.approx(alive, rel=0.02)
     assert summed.unshared == pytest.approx(whole.unshared)
 
 
 def grpo_cost(path: Path, *overrides: str, world: int = 1) -> tuple[Recipe, Policy, StageCost]:
     recipe, policy, lengths = planned(path, *overrides)
-    return recipe, policy, stage_cost([(policy, 1.0)], lengths, recipe.stages[-1], world, False)
+    return recipe, policy, stage_cost([(policy, 1.0)], lengths, recipe, recipe.stages[-1], world)
 
 
 def test_sharing_prompts_and_training_on_fewer_reports_save_flops(path: Path) -> None:
@@ -184,7 +190,7 @@ def test_sharing_prompts_and_training_on_fewer_reports_save_flops(path: Path) ->
     assert dense.phases["forward"].flops == pytest.approx(shared.unshared["forward"], rel=0.01)
     _, _, fewer = grpo_cost(path, "stages.grpo.train_on=2")
     assert fewer.phases["backward"].flops < 0.8 * shared.phases["backward"].flops
-    assert fewer.phases["decode"].flops == shared.phases["decode"].flops
+    assert fewer.sampling.decode.flops == shared.sampling.decode.flops
 
 
 def test_a_rank_does_its_share_and_holds_its_shard(path: Path) -> None:
@@ -202,6 +208,38 @@ def test_a_rank_does_its_share_and_holds_its_shard(path: Path) -> None:
     assert replicated["weights"] == weights.all and replicated["gradients"] == weights.trained
 
 
+def test_zero3_shards_as_fsdp2_and_holds_deepspeeds_own_copy(path: Path) -> None:
+    recipe, policy, cost = grpo_cost(path, "policy.dtype=bfloat16", "distributed.strategy=zero3", world=4)
+    stage, weights = recipe.stages[-1], weights_of(policy, recipe.stages[-1])
+    fsdp2 = recipe.model_copy(update={"distributed": recipe.distributed.model_copy(update={"strategy": "fsdp2"})})
+    ours, theirs = (moments(r, stage, weights, cost, 4, GPUS["h100"]) for r in (fsdp2, recipe))
+    for moment, parts in ours.items():
+        for name in ("weights", "optimiser", "gradients", "reference policy"):
+            assert theirs[moment].get(name) == parts.get(name)
+        assert theirs[moment]["DeepSpeed's copy of what is trained"] == weights.trained / 4
+    # It gathers float32, of which autocast makes its copy; FSDP2 gathers what autocast wants.
+    assert theirs["sampling"]["gathered weights"] == weights.all > ours["sampling"]["gathered weights"]
+    assert "bfloat16 weights (autocast)" in theirs["sampling"]
+    assert "bfloat16 weights (autocast)" not in ours["sampling"]
+
+
+def test_a_checkpoint_has_the_planned_size(path: Path, tmp_path: Path) -> None:
+    recipe, policy, _ = planned(path)
+    stage, built = recipe.stages[0], real(recipe)
+    optimiser = build_optimiser(stage.optimiser, built.model.named_parameters())
+    for p in built.model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimiser.step()
+    checkpoint.save(tmp_path / "sft", 1, dict(built.model.named_parameters()), optimiser, {})
+    size = sum(file.stat().st_size for file in (tmp_path / "sft").rglob("*.safetensors"))
+    weights = weights_of(policy, stage)
+    assert size == pytest.approx(checkpoint_bytes(weights), rel=0.02)  # names and counts of steps come to it
+    every = stage.model_copy(update={"steps": 10, "checkpoint_every": 3})
+    assert written(every, weights) == (3, 3 * checkpoint_bytes(weights) + weights.all)
+    # Two are kept while a third is written, beside the policies that the two stages leave.
+    assert run_bytes(recipe, policy) == 3 * checkpoint_bytes(weights) + 2 * weights.all
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     status = cli.main(["plan", *map(str, arguments)])
     said = capsys.readouterr()
@@ -215,6 +253,7 @@ def test_command(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sft, grpo = found["stages"]
     assert sft["steps"] == 5 and grpo["phases"]["rewards"]["cpu_seconds"] == {"bleu": pytest.approx(0.32)}
     assert grpo["step_seconds"] == pytest.approx(sum(phase["seconds"] for phase in grpo["phases"].values()))
+    assert grpo["phases"]["reading studies"]["seconds"] > 0
     assert "nothing was measured on a h100" in found["assumptions"][0]
     status, out, _ = run(capsys, path, "--gpus", 2)
     assert status == 0 and "not counted: bleu" in out
@@ -235,6 +274,55 @@ def test_vllm_servers_are_planned_for(path: Path, capsys: pytest.CaptureFixture[
     assert seconds[4] == pytest.approx(seconds[1] / 4)
 
 
+def test_evaluations_and_checkpoints_are_paid_for(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["evaluation.metrics=[{name: bleu}]", "--reward-seconds", "bleu=0.5", "--gpus", "2"]
+    found = {}
+    for every in ("null", "5", "2"):
+        _, out, _ = run(capsys, path, "--json", *settings, f"stages.sft.evaluate_every={every}")
+        found[every] = json.loads(out)["stages"][0]
+    assert "evaluations" not in found["null"]["beside_steps"]
+    evaluations = {every: found[every]["beside_steps"]["evaluations"] for every in ("5", "2")}
+    assert [evaluations[every]["count"] for every in ("5", "2")] == [2, 5]
+    assert evaluations["2"]["scoring"] == 5 * 0.5 * 200  # every rank scores every study
+    assert evaluations["2"]["seconds"] > evaluations["2"]["scoring"]
+    assert evaluations["2"]["seconds"] == pytest.approx(2.5 * evaluations["5"]["seconds"])
+    whole = found["2"]
+    beside = sum(part["seconds"] for part in whole["beside_steps"].values())
+    assert whole["run_hours"] == pytest.approx((10 * whole["step_seconds"] + beside) / 3600)
+    assert whole["gpu_hours"] == pytest.approx(2 * whole["run_hours"])
+    assert "KV cache" in whole["memory"]["evaluation"] and "evaluation" not in found["null"]["memory"]
+
+
+def test_one_step_ahead(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def grpo(*arguments: str) -> dict[str, Any]:
+        _, out, _ = run(capsys, path, "--gpus", 2, "--json", "stages.grpo.loss.correction=truncate", *arguments)
+        return json.loads(out)["stages"][-1]
+
+    servers = "rollout={engine: vllm, vllm: {mode: server, servers: ['http://10.0.0.7:8000']}}"
+    ahead = grpo(servers, "stages.grpo.ahead=true")
+    seconds = {name: phase["seconds"] for name, phase in ahead["phases"].items()}
+    sampling = seconds["prefill"] + seconds["decode"]
+    assert ahead["step_seconds"] == pytest.approx(max(sampling, sum(seconds.values()) - sampling))
+    assert ahead["sampling_gpu_hours"] == pytest.approx(ahead["run_hours"])
+    # Rewards are hidden by the whole step, and waited for where they take longer.
+    slow = grpo(servers, "stages.grpo.ahead=true", "--reward-seconds", "bleu=1")
+    assert slow["step_seconds"] == pytest.approx(8 * 4 / 2)
+    # The Hugging Face engine's copy is on the trainer's own device.
+    plain, copied = grpo(), grpo("stages.grpo.ahead=true")
+    assert copied["step_seconds"] == pytest.approx(plain["step_seconds"], rel=0.2)  # reading is measured anew
+    assert copied["memory"]["optimiser"]["sampler's copy"] == plain["memory"]["sampling"]["weights"]
+
+
+def test_studies_that_a_rank_keeps_are_read_once(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shares = {}
+    for steps in (3, 30):  # 24 studies, 8 a step
+        _, out, _ = run(capsys, path, "--gpus", 1, "--json", f"stages.sft.steps={steps}")
+        found = json.loads(out)
+        ms = next(float(text.split()[5]) for text in found["assumptions"] if text.startswith("a study is read in"))
+        shares[steps] = found["stages"][0]["phases"]["reading studies"]["seconds"] / (8 * ms / 1000)
+    assert shares == {3: pytest.approx(1, rel=0.01), 30: pytest.approx(0.1, rel=0.01)}
+
+
 def test_what_does_not_fit_says_what_to_try(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,7 +340,7 @@ def test_what_does_not_fit_says_what_to_try(
         (("--gpus", "0"), "--gpus: expected at least 1, got 0"),
         (("--sampling-gpus", "2"), "--sampling-gpus: the recipe samples on the training GPUs"),
         (("--compute-share", "1.5"), "--compute-share: expected a share above 0"),
-        (("--reward-seconds", "r9=1"), "no stage has a reward 'r9'; there are bleu"),
+        (("--reward-seconds", "r9=1"), "no reward or metric 'r9'; there are bleu"),
         (("--reward-seconds", "bleu=fast"), "expected LABEL=SECONDS such as r1=0.001, got 'bleu=fast'"),
         (("policy={model: no/such-folder}",), "policy.model: 'no/such-folder': no model configuration could be read"),
         (("--config", "missing.json", "policy={model: m}"), "--config: 'missing.json': no model configuration"),
@@ -265,10 +353,10 @@ def test_bad_input_in_words(
     assert status == 2 and said in err
 
 
-def test_a_recipe_without_grpo(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_without_grpo_is_planned_too(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.write_text(TEXT[: TEXT.index("  - name: grpo")])
-    status, _, err = run(capsys, path, "--gpus", 2)
-    assert status == 2 and "no stage of kind grpo" in err
+    status, out, _ = run(capsys, path, "--gpus", 2)
+    assert status == 0 and "10 steps" in out
 
 
 def test_the_published_sizes_give_the_published_count(path: Path) -> None:
