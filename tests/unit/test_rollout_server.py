@@ -1,8 +1,10 @@
 """The sampler's end of vLLM servers, against a server that fails as a script says: what is asked, of whom, how often,
 and what is said when nobody answers. tests/vllm asks vLLM itself."""
 
+import socket
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from tests.rollout_server import RolloutServer, serve
 from unirg.errors import UserError
 from unirg.policy import Policy, PolicyConfig, load_policy
 from unirg.prompt import PromptConfig
-from unirg.rollout import SamplingConfig
+from unirg.rollout import SamplingConfig, vllm_server, weights
 from unirg.rollout.sampler import VllmConfig
 from unirg.rollout.vllm_inputs import NEVER
 from unirg.rollout.vllm_server import ServerSampler
@@ -235,7 +237,37 @@ def test_a_push_that_breaks_off_is_made_again(
         assert server.pushes == pushes
 
 
-def test_a_stream_of_weights_wants_its_token_and_its_end() -> None:
+def test_a_push_may_take_longer_than_an_answer(
+    policy: Policy, studies: list[Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time follows from the model's size; what counts is that it goes on."""
+
+    def gathered_slowly(*args: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for weight in weights.named_weights(*args):
+            time.sleep(0.06)
+            yield weight
+
+    monkeypatch.setattr(vllm_server, "named_weights", gathered_slowly)
+    with serve(policy) as server:
+        sampler = sampler_of(policy, server, timeout=0.5)
+        sampler.sync_weights()
+        assert len(server.loaded) * 0.06 > 0.5 and sampler.away == {} and server.pushes == 1
+        groups = sample(sampler, studies)
+        assert [group[0].ids[0] for group in groups] == [first_token(policy, study) for study in studies]
+
+
+def test_a_push_that_a_server_does_not_take_ends(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_server, "PROBE", 0.5)
+    with serve(policy, script=lambda path, number: "hang" if (path, number) == (RPC, 1) else None) as server:
+        sampler = sampler_of(policy, server, timeout=0.5)
+        sampler.sync_weights()
+        assert sampler.away == {server.url: "weights: 0 of 1 workers connected to 127.0.0.1 for weights"}
+        assert sampler.servers[0].open == set()
+
+
+def test_a_stream_of_weights_wants_its_token_and_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever else connects, scanning ports for example, and says nothing or something else, is not waited for."""
+    monkeypatch.setattr(weights, "HANDSHAKE", 0.3)
     tensors = {"a.b": torch.randn(3, 5), "c": torch.randn(7).bfloat16(), "d": torch.zeros(()), "e": torch.ones(0, 2)}
     stream = WeightStream("127.0.0.1", 9, workers=1, timeout=20)
     got: list[tuple[str, torch.Tensor]] = []
@@ -246,12 +278,15 @@ def test_a_stream_of_weights_wants_its_token_and_its_end() -> None:
         except OSError as error:
             got.append((type(error).__name__, torch.empty(0)))
 
+    silent = socket.create_connection(stream.address)
+    socket.create_connection(stream.address).close()
     impostor = threading.Thread(target=worker, args=("0" * len(stream.token),))
     impostor.start()
     time.sleep(0.1)
     honest = threading.Thread(target=worker, args=(stream.token,))
     honest.start()
     stream.accept(lambda: False)
+    silent.close()
     impostor.join()
     assert [name for name, _ in got] in (["ConnectionError"], ["ConnectionResetError"])
     got.clear()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from unirg.errors import UserError
 from unirg.policy import LoraConfig, Policy, load_policy
 from unirg.rollout import RolloutConfig, SamplingConfig
 from unirg.rollout.vllm_inputs import image_runs
@@ -128,3 +129,9 @@ def test_a_server_listens_here_alone_unless_told_otherwise() -> None:
     assert environment["VLLM_NO_USAGE_STATS"] == "1" and "--dtype" not in start
     start, _ = command("m", ["--host=10.0.0.7", "--dtype", "bfloat16"], cuda=False)
     assert "--host" not in start and start.count("--dtype") == 1 and "--enforce-eager" in start
+
+
+@pytest.mark.parametrize("option", ["--data-parallel-size=2", "-dp"])
+def test_copies_behind_one_address_are_refused(option: str) -> None:
+    with pytest.raises(UserError, match=f"{option.partition('=')[0]}: .*start a server for each"):
+        command("m", [option, "2"], cuda=True)

@@ -7,19 +7,24 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from tests.conftest import REPORTS, TINY
+from tests.conftest import REPORTS
 from unirg.grpo.forward import answer_logps
 from unirg.policy import EncodedPrompt, LoraConfig, Policy, PolicyConfig, load_policy
 from unirg.prompt import PromptConfig
 from unirg.rollout import Sample, Sampler
 from unirg.rollout.hf import HFSampler
+from unirg.tiny import TinyConfig
 
+# Heads of the language model, and of the vision tower, that two processes can share.
+TINY = TinyConfig(
+    vocabulary=400, hidden=128, heads=4, layers=2, mlp=96, vision_hidden=64, vision_layers=2, image_size=64
+)
 TOKENS = 24
 SEEDS = [[100 * i + g for g in range(8)] for i in range(4)]
 """Of eight samples for each of the four studies."""
@@ -87,15 +92,15 @@ def free_port() -> int:
 class VllmServer:
     """`unirg rollout-server` with its children, on one port through all its lives."""
 
-    def __init__(self, model: Path, log: Path) -> None:
-        self.model, self.log, self.port = model, log, free_port()
+    def __init__(self, model: Path, log: Path, *options: str) -> None:
+        self.model, self.log, self.port, self.options = model, log, free_port(), options
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Starts it and returns at once."""
         options = ["--port", str(self.port), "--max-model-len", str(100 + TOKENS), "--max-num-seqs", "64"]
-        command = [sys.executable, "-m", "unirg", "rollout-server", str(self.model), *options]
+        command = [sys.executable, "-m", "unirg", "rollout-server", str(self.model), *options, *self.options]
         with self.log.open("ab") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
@@ -126,14 +131,18 @@ class VllmServer:
 
 
 @contextmanager
-def vllm_server(policy: Policy, folder: Path) -> Iterator[VllmServer]:
-    """A server for the policy's architecture, up until the block ends. Its own weights are others."""
+def vllm_servers(policy: Policy, folder: Path, *options: Sequence[str]) -> Iterator[list[VllmServer]]:
+    """As many servers for the policy's architecture as there are lists of options, up until the block ends. Their own
+    weights are others."""
     other = load_policy(policy.config, policy.prompt, texts=REPORTS * 20, seed=99)
     other.save(folder / "model")
-    server = VllmServer(folder / "model", folder / "server.log")
-    server.start()
+    servers = [VllmServer(folder / "model", folder / f"server-{i}.log", *own) for i, own in enumerate(options)]
     try:
-        server.wait()
-        yield server
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait()
+        yield servers
     finally:
-        server.kill()
+        for server in servers:
+            server.kill()

@@ -43,6 +43,13 @@ def require_vllm() -> None:
         raise UserError(f"rollout.engine: vllm cannot be used ({error}); pip install 'unirg[vllm]'") from error
 
 
+def vllm_version() -> str:
+    """Of the vLLM that is installed here, whatever device it was built for."""
+    import vllm
+
+    return str(vllm.__version__.partition("+")[0])
+
+
 def architecture(policy: Policy) -> str:
     """The class of the policy's model; sharding mixes another into it."""
     return next(kind.__name__ for kind in type(policy.base).__mro__ if not issubclass(kind, FSDPModule))
@@ -193,7 +200,11 @@ def check_prompt(prompt: EncodedPrompt, reported: Sequence[int] | None, where: s
 
 
 def check_loaded(loaded: Mapping[str, Any], where: str) -> None:
-    """Raises UserError where parameters of vLLM's model were in none of the weights that it got."""
+    """Raises UserError where the weights that vLLM's model got are not its own, or leave some of its parameters out."""
+    if refused := loaded.get("refused"):
+        raise UserError(
+            f"{where} does not take the policy's weights ({refused}); start it with the model that the run starts from"
+        )
     if missing := loaded["missing"]:
         raise UserError(
             f"{where} has {len(missing)} parameters that the policy's weights do not fill, e.g. {missing[0]}; its "

@@ -6,13 +6,20 @@ from collections.abc import Sequence
 
 import torch
 
+from unirg.errors import UserError
+
 EXTENSION = "unirg.rollout.vllm_worker.WeightReceiver"
 
 
 def command(model: str, options: Sequence[str], cuda: bool) -> tuple[list[str], dict[str, str]]:
     """The command that starts the server, and what its environment must say. `options` are vLLM's own and come last,
-    where they outdo the others."""
+    where they outdo the others. Raises UserError for those that weights cannot reach."""
     given = {option.partition("=")[0] for option in options}
+    if copies := sorted(option for option in given if option == "-dp" or option.startswith("--data-parallel")):
+        raise UserError(
+            f"{copies[0]}: vLLM's copies of a model behind one address answer for each other, and weights would reach "
+            "only one; start a server for each, and name them all in rollout.vllm.servers"
+        )
     flags = {
         "--host": ["127.0.0.1"],  # it loads weights from whoever asks: others reach it where the caller says so
         "--worker-extension-cls": [EXTENSION],

@@ -12,17 +12,13 @@ TRL's `VLLMClient` retries in silence, has no time limit, does not know which we
 NCCL alone; its colleague `VLLMGeneration` sends all ranks' images through rank 0 and returns when the last is done.
 """
 
-import json
 import secrets
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, suppress
-from http.client import HTTPConnection, HTTPException
+from contextlib import closing
 from queue import Queue
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from rich.console import Console
@@ -31,6 +27,7 @@ from unirg import ranks
 from unirg.errors import UserError
 from unirg.policy import EncodedPrompt, Policy
 from unirg.rollout.sampler import Sample, SamplingConfig, VllmConfig
+from unirg.rollout.vllm_client import Fault, Server
 from unirg.rollout.vllm_inputs import (
     PromptInputs,
     architecture,
@@ -40,6 +37,7 @@ from unirg.rollout.vllm_inputs import (
     model_source,
     require_vllm,
     sampling_parameters,
+    vllm_version,
 )
 from unirg.rollout.weights import WeightStream, named_weights
 
@@ -53,61 +51,6 @@ PAUSE = 30.0
 """The longest pause between two tries, in seconds."""
 
 Tensors = Queue[tuple[str, torch.Tensor] | None]
-
-
-class Fault(Exception):
-    """A server did not answer as it should; it, or another, may do so later."""
-
-
-class Server:
-    """One vLLM server, by its address."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        assert parts.hostname and parts.port
-        self.url, self.host, self.port = url.rstrip("/"), parts.hostname, parts.port
-        self.open: set[HTTPConnection] = set()
-
-    def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
-        """The JSON that the server answers. Raises Fault, or UserError where it refuses the request as such. Goes
-        straight to the server: a proxy of the environment is for other networks than a cluster's own."""
-        connection = HTTPConnection(self.host, self.port, timeout=timeout)
-        self.open.add(connection)
-        try:
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            content = response.read()
-        except TimeoutError as error:
-            raise Fault(f"no answer in {timeout:g} s") from error
-        except (OSError, HTTPException) as error:
-            raise Fault(str(error) or type(error).__name__) from error
-        finally:
-            self.open.discard(connection)
-            connection.close()
-        said = " ".join(content.decode(errors="replace").split())[:300]
-        if response.status >= 500:
-            raise Fault(f"answered {response.status}: {said}")
-        if response.status == 404:
-            raise UserError(f"{self.url} has no {path}; start it by `unirg rollout-server`")
-        if response.status != 200:
-            raise UserError(f"{self.url} answered {response.status}: {said}")
-        try:
-            return json.loads(content) if content else None
-        except json.JSONDecodeError as error:
-            raise Fault(f"answered what is no JSON: {said}") from error
-
-    def workers(self, method: str, *args: Any, timeout: float) -> list[dict[str, Any]]:
-        """What each of the server's workers returns from a method of `vllm_worker.WeightReceiver`."""
-        results = self.post("/collective_rpc", {"method": method, "args": list(args)}, timeout)["results"]
-        if not results or not all(isinstance(result, dict) for result in results):
-            raise Fault(f"its workers answered {results}")
-        return list(results)
-
-    def break_off(self) -> None:
-        """Ends the requests that are open, and the waiting of their threads: vLLM drops those whose client has gone."""
-        for connection in list(self.open):
-            with suppress(OSError, AttributeError):  # it may be at its end, or not at its beginning
-                connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 class ServerSampler:
@@ -187,9 +130,12 @@ class ServerSampler:
             "dtype": self.policy.config.dtype,
             "logprobs_mode": "processed_logprobs",
         }
+        if self.inputs.processor is not None:  # films go over as vLLM of one version writes and reads them
+            wanted["vllm"] = vllm_version()
         for name, value in wanted.items():
-            if what[name] != value:
-                raise UserError(f"{server.url}: its {name} is {what[name]}, and the run needs {value}; start it anew")
+            if what.get(name) != value:
+                its = what.get(name, "not known")
+                raise UserError(f"{server.url}: its {name} is {its}, and the run needs {value}; start it anew")
         if what["max_model_len"] < self.tokens:
             raise UserError(
                 f"{server.url}: takes {what['max_model_len']} tokens, and policy.max_prompt_tokens with "
@@ -224,19 +170,28 @@ class ServerSampler:
                 ThreadPoolExecutor(1) as pool,
             ):
                 where = (*stream.address, stream.token, timeout)
-                fetch = pool.submit(server.workers, "unirg_fetch", *where, timeout=timeout)
+                # It answers when all is there: a time limit on the whole would be one on the model's size.
+                fetch = pool.submit(server.workers, "unirg_fetch", *where, timeout=None)
+                torn: OSError | None = None
                 try:
                     stream.accept(fetch.done)
                     while (tensor := tensors.get()) is not None:
                         stream.write(*tensor)
                     more = False
                     stream.end()
-                except OSError:
-                    stream.close()
-                    if fetch.exception() is None:
-                        raise
-                for loaded in fetch.result():
-                    check_loaded(loaded, server.url)
+                except OSError as error:
+                    torn = error
+                    stream.close()  # which its workers notice; their reason is the better one
+                try:
+                    answers = fetch.result(PROBE if torn else timeout)
+                except TimeoutError as error:
+                    raise Fault(str(torn) if torn else f"no answer in {timeout:g} s") from error
+                finally:
+                    server.break_off()
+                for answer in answers:
+                    check_loaded(answer, server.url)
+                for reason in (answer["torn"] for answer in answers if "torn" in answer):
+                    raise Fault(reason)
             if not server.post("/reset_prefix_cache?reset_running_requests=true", {}, timeout)["success"]:
                 raise Fault("it does not forget its prompts")
             server.post("/reset_encoder_cache", {}, timeout)

@@ -5,12 +5,14 @@ this module is what makes its weights exchangeable on a CPU.
 """
 
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Any
 
 import torch
 import vllm.model_executor.layers.utils as layers
 from vllm.platforms import current_platform
 
+from unirg.rollout.vllm_inputs import vllm_version
 from unirg.rollout.weights import receive_weights
 
 
@@ -41,11 +43,23 @@ class WeightReceiver:
             "max_model_len": model.max_model_len,
             "logprobs_mode": model.logprobs_mode,
             "architecture": model.architecture,
+            "vllm": vllm_version(),
         }
 
     def unirg_fetch(self, host: str, port: int, token: str, timeout: float) -> dict[str, Any]:
-        """Loads the weights that the trainer streams from this address."""
-        return self.unirg_load(receive_weights(host, port, token, timeout))
+        """Loads the weights that the trainer streams from this address. Returns what `unirg_load` does, or `torn` where
+        the stream broke off, or `refused` where they are not the model's, with the reason.
+
+        Nothing is raised: where one worker of several raises, vLLM leaves the others' answers in their queues, and
+        takes each for the answer to the call after it from then on.
+        """
+        try:
+            with closing(receive_weights(host, port, token, timeout)) as weights:
+                return self.unirg_load(weights)
+        except OSError as error:
+            return {"torn": str(error) or type(error).__name__, "missing": []}
+        except Exception as error:
+            return {"refused": f"{type(error).__name__}: {error}"}
 
     def unirg_load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
         """Loads weights under Hugging Face names, one at a time. Returns the parameters that none of them filled, which

@@ -15,16 +15,16 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from unirg import zero3
-from unirg.distributed import whole_tensor
-
 PEFT_PREFIX = "base_model.model."
+HANDSHAKE = 5.0
+"""Seconds that whoever connects for weights has to show the token."""
 
 
 @torch.no_grad()
@@ -39,14 +39,17 @@ def named_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.T
     for name, parameter in model.named_parameters():
         if adapted and f".{model.prefix}" in name:  # the adapters' own, which the weights below have in them
             continue
-        weight = whole_tensor(parameter)
+        weight = _whole(parameter)
         layer = adapted.get(name.removesuffix(".base_layer.weight"))
         if layer is not None and name.endswith(".base_layer.weight"):
             for adapter in layer.active_adapters:
-                with zero3.gathered(layer.parameters()):
-                    weight = weight.float() + whole_tensor(layer.get_delta_weight(adapter)).float()
+                weight = weight.float() + _whole(layer.get_delta_weight(adapter)).float()
         own = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
         yield from revert_weight_conversion(base, {own: weight.detach().to(dtype)}).items()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class WeightStream:
@@ -56,7 +59,7 @@ class WeightStream:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, port))  # sends nothing: asks which of our addresses faces the server
             mine = probe.getsockname()[0]
-        self.listener = socket.create_server((mine, 0), backlog=workers)
+        self.listener = socket.create_server((mine, 0), backlog=workers + 16)  # not only workers may come
         self.address: tuple[str, int] = self.listener.getsockname()
         self.token = secrets.token_hex(16)
         self.workers, self.timeout = workers, timeout
@@ -75,8 +78,13 @@ class WeightStream:
                         f"{len(self.connections)} of {self.workers} workers connected to {self.address[0]} for weights"
                     ) from None
                 continue
-            connection.settimeout(self.timeout)
-            if hmac.compare_digest(_exactly(connection, len(self.token)), self.token.encode()):
+            connection.settimeout(HANDSHAKE)
+            try:
+                mine = hmac.compare_digest(_exactly(connection, len(self.token)), self.token.encode())
+            except OSError:  # whoever that was, a worker may be next
+                mine = False
+            if mine:
+                connection.settimeout(self.timeout)
                 self.connections.append(connection)
             else:
                 connection.close()
@@ -100,7 +108,9 @@ class WeightStream:
             opened.close()
 
 
-def receive_weights(host: str, port: int, token: str, timeout: float) -> Iterator[tuple[str, torch.Tensor]]:
+def receive_weights(
+    host: str, port: int, token: str, timeout: float
+) -> Generator[tuple[str, torch.Tensor], None, None]:
     """The worker's end: the tensors that the trainer sends, until it says that these were all. Raises OSError where the
     stream breaks off or nothing comes for `timeout` seconds."""
     with socket.create_connection((host, port), timeout=timeout) as connection:
