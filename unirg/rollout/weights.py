@@ -19,8 +19,10 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
+
+from unirg import zero3
+from unirg.distributed import whole_tensor
 
 PEFT_PREFIX = "base_model.model."
 HANDSHAKE = 5.0
@@ -39,17 +41,14 @@ def named_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.T
     for name, parameter in model.named_parameters():
         if adapted and f".{model.prefix}" in name:  # the adapters' own, which the weights below have in them
             continue
-        weight = _whole(parameter)
+        weight = whole_tensor(parameter)
         layer = adapted.get(name.removesuffix(".base_layer.weight"))
         if layer is not None and name.endswith(".base_layer.weight"):
             for adapter in layer.active_adapters:
-                weight = weight.float() + _whole(layer.get_delta_weight(adapter)).float()
+                with zero3.gathered(layer.parameters()):
+                    weight = weight.float() + whole_tensor(layer.get_delta_weight(adapter)).float()
         own = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
         yield from revert_weight_conversion(base, {own: weight.detach().to(dtype)}).items()
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class WeightStream:
