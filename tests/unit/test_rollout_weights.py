@@ -57,10 +57,14 @@ def test_adapters_are_merged_and_the_base_is_left_alone(tiny_policy: Policy) -> 
 
 @pytest.mark.slow
 def test_shards_are_put_together_on_every_rank(tmp_path: Path) -> None:
-    """torch's fully_shard on two ranks, with adapters: both ranks get what one process has."""
+    """With adapters, on two ranks: both get what one process has."""
+    assert_shards_are_put_together(tmp_path, "fsdp2")
+
+
+def assert_shards_are_put_together(tmp_path: Path, strategy: str) -> None:
     script = tmp_path / "shards.py"
     script.write_text(SHARDS)
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), strategy]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *run], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -68,24 +72,23 @@ def test_shards_are_put_together_on_every_rank(tmp_path: Path) -> None:
 
 
 SHARDS = """
+import sys
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from accelerate import Accelerator
 from tests.conftest import TINY
 from tests.unit.test_rollout_weights import with_adapters
+from unirg.distributed import distribute, is_sharded
 from unirg.policy import PolicyConfig, load_policy
 from unirg.prompt import PromptConfig
 from unirg.rollout.weights import named_weights
 
-dist.init_process_group("gloo")
+accelerator = Accelerator(cpu=True)
 torch.manual_seed(0)
 policy = with_adapters(load_policy(PolicyConfig(tiny=TINY), PromptConfig(), texts=["a b"], seed=0))
 whole = dict(named_weights(policy.model, torch.float32))
-for layer in policy.base.model.language_model.layers:
-    fully_shard(layer)
-fully_shard(policy.model)
-assert all(isinstance(parameter, DTensor) for parameter in policy.model.parameters())
+distribute(policy.model, sys.argv[1], accelerator)
+assert is_sharded(policy.model)
 sharded = dict(named_weights(policy.model, torch.float32))
 assert list(whole) == list(sharded)
 for name, value in whole.items():

@@ -4,6 +4,7 @@ rollout engine gets whole weights, and no step is made of a gradient that is no 
 `make test-zero3` has the environment. The first start compiles an operator of DeepSpeed's, which takes a C++ compiler.
 """
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests import families
 from tests.invariant import test_ranks, test_shared_prefix_ranks
 from tests.invariant import test_trajectories as trajectories
+from tests.unit import test_rollout_weights
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (make test-zero3)")
 
@@ -60,3 +62,19 @@ def test_half_precision_is_as_near_to_float32(gradients: Path) -> None:
 @pytest.mark.parametrize("build", test_shared_prefix_ranks.FAMILIES, ids=lambda build: build.__name__)
 def test_families(gradients: Path, build: families.Builder) -> None:
     test_shared_prefix_ranks.test_families_with_sharded_weights(gradients, build)
+
+
+def test_a_gradient_that_is_no_number_makes_no_step(tmp_path: Path) -> None:
+    """A rate that throws the weights out of what float32 holds."""
+    optimiser = ("stages.sft.optimiser.learning_rate=1e30", "stages.sft.checkpoint_every=1", "stages.vision.steps=1")
+    run = trajectories.start(tmp_path, "run", *optimiser, "distributed.strategy=zero3")
+    done = subprocess.run(
+        trajectories.command(run, 2), cwd=tmp_path, env=trajectories.environment(), capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "stage sft, step 2: the loss is nan, the gradient nan; it changed no weight" in done.stderr
+    assert "the same command goes on from step 1 of stage sft" in done.stdout
+
+
+def test_a_rollout_engine_gets_whole_weights_with_adapters(tmp_path: Path) -> None:
+    test_rollout_weights.assert_shards_are_put_together(tmp_path, "zero3")
