@@ -1,6 +1,7 @@
 """One GRPO step on 1, 2 and 4 ranks, whole weights (ddp) beside sharded ones (fsdp2); and when each of its parts runs.
 
     python benchmarks/scaling.py                                     # --quick, --json as everywhere
+    .venv-zero3/bin/python benchmarks/scaling.py                     # ZeRO-3 too, where DeepSpeed is installed
     python benchmarks/scaling.py --picture docs/timeline.svg         # draws two ranks' steps
 
 The step is the same whatever the number of ranks: 16 studies x 8 reports of up to 64 tokens, a tiny policy and a KL
@@ -11,6 +12,7 @@ first left out.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -29,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 RANKS = (1, 2, 4)
-WAYS = ("ddp", "fsdp2")
+WAYS = ("ddp", "fsdp2", *(["zero3"] if importlib.util.find_spec("deepspeed") else []))
 REWARDS = ("entity_f1", "label_f1", "bleu", "rouge_l")
 COLOURS = {
     "sampling": "#4477aa",
