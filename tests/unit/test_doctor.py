@@ -213,19 +213,59 @@ def test_a_model_that_is_not_cached_is_told(written: Written, tmp_path: Path, mo
     assert "it would be downloaded" in bad(recipe.check_recipe(path, []), "warn")
 
 
-def test_a_disk_without_room_and_one_that_takes_no_files_fail(
-    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in ("config.json", "tokenizer_config.json"):
-        (folder / name).write_text("{}", encoding="ascii")
-    save_file({"a": torch.zeros(1000, 1000)}, folder / "model.safetensors")
-    monkeypatch.setattr(recipe.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    assert "are needed for checkpoints" in bad(recipe.check_recipe(written(policy={"model": str(folder)}), []))
+def test_a_disk_that_takes_no_files_fails(written: Written, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     path = written(output=str(tmp_path / "file" / "run"))
     assert "choose another `output`" in bad(recipe.check_recipe(path, []))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(("policy", "gib"), [({}, 327), ({"lora": {"rank": 64}, "freeze_vision": True}, 23)])
+def test_a_disk_must_hold_what_the_policy_writes(
+    policy: dict[str, object], gib: int, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8.77 billion weights in float32, three times (with AdamW's moments) in each of three checkpoints, and once more as
+    the policy that is left; or 175 million of adapters, beside a policy in bfloat16."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(Path(__file__).parents[2] / "docs" / "configs" / "qwen3-vl-8b.json", folder / "config.json")
+    (folder / "tokenizer_config.json").write_text("{}", encoding="ascii")
+    save_file({"a": torch.zeros(10)}, folder / "model.safetensors")
+    path = written(policy={"model": str(folder), "dtype": "bfloat16", **policy})
+    for more in (-1, 1):
+        free = (gib + more) << 30
+        monkeypatch.setattr(recipe.shutil, "disk_usage", lambda path, n=free: shutil._ntuple_diskusage(n, n, n))
+        failed = bad(recipe.check_recipe(path, []))
+        assert ("are needed for checkpoints" in failed) == (more < 0), failed
+
+
+def test_a_small_policys_need_is_counted_too(written: Written) -> None:
+    texts = [finding.text for finding in recipe.check_recipe(written(), []) if finding.area == "disk"]
+    assert "MiB are needed for checkpoints and 1 stages' policies" in texts[0]
+
+
+def test_deepspeed_that_is_not_there_fails_where_it_is_wanted(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as where it is not installed
+    assert "pip install" in bad(recipe.check_recipe(written(distributed={"strategy": "zero3"}), []))
+    assert not bad(recipe.check_recipe(written(), []))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE=two: expected a whole number"),
+        ("MASTER_PORT", "99999", "MASTER_PORT=99999: expected .* at most 65535"),
+        ("WORLD_SIZE", "2", "no RANK, MASTER_ADDR, MASTER_PORT: start the ranks with torchrun"),
+    ],
+)
+def test_an_environment_that_is_no_ranks_is_bad_input(
+    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        network.check_environment()
 
 
 def test_a_recipe_that_is_not_valid_is_bad_input(written: Written, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,15 @@ from pathlib import Path
 from rich.console import Console
 
 from unirg.doctor.finding import Finding
-from unirg.doctor.network import agreement, check_collective, check_interfaces, check_port, gather_findings, join
+from unirg.doctor.network import (
+    agreement,
+    check_collective,
+    check_environment,
+    check_interfaces,
+    check_port,
+    gather_findings,
+    join,
+)
 from unirg.doctor.node import check_cpu, check_gpus, check_memory, check_versions
 from unirg.doctor.recipe import check_recipe
 from unirg.errors import UserError
@@ -26,10 +34,11 @@ SIGNS = {"ok": "[green]ok  [/green]", "warn": "[yellow]warn[/yellow]", "fail": "
 def doctor(recipe: Path | None, overrides: Sequence[str] = (), *, as_json: bool = False) -> int:
     """Prints what was found, a line each, and returns the exit status: 1 where something fails, else 0.
 
-    Under torchrun every rank checks its own node, and rank 0 prints: what all nodes say alike stands once. Raises
-    UserError where the recipe itself cannot be read, or where the other ranks cannot be reached (it says which address
-    and which variable).
+    Under torchrun a rank of each node checks it, and rank 0 prints: what all nodes say alike stands once. Raises
+    UserError where the recipe itself cannot be read, where torchrun's variables are not those of a rank, or where the
+    other ranks cannot be reached (it says which address and which variable).
     """
+    check_environment()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
     findings: list[Finding] = []
@@ -40,7 +49,7 @@ def doctor(recipe: Path | None, overrides: Sequence[str] = (), *, as_json: bool 
         with console.status("looking at the node"):
             for check in checks:
                 findings += check()
-    if recipe is not None and int(os.environ.get("RANK", "0")) == 0:
+    if recipe is not None and first_of_node:
         with console.status("looking at the recipe's model, data and rewards"):
             findings += check_recipe(recipe, overrides)
     with console.status("ranks talk to each other"):

@@ -24,6 +24,21 @@ PORT = 29500
 """torchrun's own."""
 
 
+def check_environment() -> None:
+    """Raises UserError where the variables that torchrun sets are not those of a rank."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    odd = [f"{name}={os.environ[name]}" for name in names if not os.environ.get(name, "0").isdigit()]
+    if odd or int(os.environ.get("MASTER_PORT", PORT)) > 65535:
+        said = ", ".join(odd) or f"MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise UserError(f"{said}: expected a whole number, of a port at most 65535; torchrun sets it, or unset it")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} and no {', '.join(missing)}: start the ranks with torchrun ... -m "
+            "unirg doctor, or unset WORLD_SIZE"
+        )
+
+
 def check_interfaces() -> Iterator[Finding]:
     """The interfaces that the environment names exist, and the address of the first rank is known."""
     known = [name for _, name in socket.if_nameindex()]

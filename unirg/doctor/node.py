@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from unirg.doctor.finding import Finding
 
-EXTRAS = ("lora", "trl", "vllm")
+EXTRAS = ("lora", "trl", "vllm", "zero3")
 GIB = 1 << 30
 SHM_GIB = 1
 """Less shared memory than this, and processes that hand tensors to each other (NCCL's, vLLM's) may die of it."""

@@ -1,6 +1,8 @@
 """What a recipe needs of the node: its model, data, rewards, trackers, and room in its run folder."""
 
+import contextlib
 import fcntl
+import io
 import math
 import os
 import shutil
@@ -14,27 +16,28 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from unirg import zero3
 from unirg.check import check_rewards, check_shares, check_split, check_trackers, unique
 from unirg.data import load_studies
 from unirg.doctor.finding import Finding
 from unirg.doctor.node import GIB
 from unirg.errors import UserError
+from unirg.plan.disk import run_bytes
+from unirg.plan.policy import Given, plan_policy
 from unirg.recipe.load import load_recipe
 from unirg.recipe.schema import GrpoStage, Recipe, VisionStage
 
 WEIGHTS = ("*.safetensors", "*.json")
 PROBE = 5.0
 """Seconds that a server may take to say that it is there."""
-BYTES_PER_WEIGHT = 4
-"""Checkpoints and final folders hold float32."""
 
 
 def check_recipe(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     """Everything that the recipe names and that this node must have. Raises UserError where the recipe is not valid."""
     recipe = load_recipe(path, list(overrides))
-    weights = None
-    for finding, count in _model(recipe):
-        weights = count
+    config = None
+    for finding, folder in _model(recipe):
+        config = folder
         yield finding
     yield from _data(recipe)
     silent = []
@@ -58,7 +61,9 @@ def check_recipe(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
         )
     if recipe.trackers:
         yield from _tried("trackers", ", ".join(recipe.trackers), partial(check_trackers, recipe))
-    yield from _disk(recipe, weights)
+    if recipe.distributed.strategy == "zero3":
+        yield from _tried("distributed", "strategy zero3: DeepSpeed can be imported", zero3.require)
+    yield from _disk(recipe, config)
 
 
 def _tried(area: str, what: str, check: Callable[[], object]) -> Iterator[Finding]:
@@ -71,8 +76,8 @@ def _tried(area: str, what: str, check: Callable[[], object]) -> Iterator[Findin
         yield Finding(area, "ok", what)
 
 
-def _model(recipe: Recipe) -> Iterator[tuple[Finding, int | None]]:
-    """The policy's files are here and whole; with the number of its weights, None where that is not known."""
+def _model(recipe: Recipe) -> Iterator[tuple[Finding, Path | None]]:
+    """The policy's files are here and whole; with their folder, None where they are not, or none are needed."""
     area, name = "model", recipe.policy.model
     if name is None:
         yield Finding(area, "ok", "built here (policy.tiny)"), None
@@ -108,7 +113,7 @@ def _model(recipe: Recipe) -> Iterator[tuple[Finding, int | None]]:
         except (SafetensorError, OSError) as error:
             yield Finding(area, "fail", f"{file}: cannot be read ({error}); download it again"), None
             return
-    yield Finding(area, "ok", f"{name}: {count / 1e6:,.0f} million weights in {len(files)} files"), count
+    yield Finding(area, "ok", f"{name}: {count / 1e6:,.0f} million weights in {len(files)} files"), folder
 
 
 def _data(recipe: Recipe) -> Iterator[Finding]:
@@ -159,7 +164,7 @@ def _rewards(recipe: Recipe, silent: Sequence[str]) -> Iterator[Finding]:
         yield from _tried("rewards", f"{user}: {labels}", partial(check_rewards, configs, studies))
 
 
-def _disk(recipe: Recipe, weights: int | None) -> Iterator[Finding]:
+def _disk(recipe: Recipe, config: Path | None) -> Iterator[Finding]:
     """The run folder's disk takes files, locks and renames, and has room for the checkpoints."""
     area, run = "disk", Path(recipe.output).absolute()
     place = next(folder for folder in (run, *run.parents) if folder.exists())
@@ -176,16 +181,19 @@ def _disk(recipe: Recipe, weights: int | None) -> Iterator[Finding]:
         return
     free = shutil.disk_usage(place).free
     text = f"{run}: {free / GIB:,.0f} GiB are free"
-    if weights is None:
+    if config is None and recipe.policy.tiny is None:
         yield Finding(area, "ok", text)
         return
-    # A checkpoint has the weights and AdamW's two moments: those that are kept, one being written, and `best`.
-    kept = max(stage.keep_checkpoints for stage in recipe.stages) + 1
-    adapted = recipe.policy.lora is not None
-    checkpoints = 0 if adapted else BYTES_PER_WEIGHT * weights * (3 * kept + 1)
-    need = checkpoints + BYTES_PER_WEIGHT * weights * len(recipe.stages)
-    need_text = f"{need / GIB:,.0f} GiB are needed for checkpoints and {len(recipe.stages)} stages' policies"
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers' advice on loading is not about a disk
+            policy, _ = plan_policy(recipe, config, Given())
+    except UserError as error:
+        yield Finding(area, "warn", f"{text}; how many a run needs is not known ({error})")
+        return
+    need = run_bytes(recipe, policy)
+    size = f"{need / GIB:,.0f} GiB" if need > GIB else f"{need / (1 << 20):,.0f} MiB"
+    needed = f"{size} are needed for checkpoints and {len(recipe.stages)} stages' policies"
     if free < need:
-        yield Finding(area, "fail", f"{text}, and {need_text}; choose another `output`")
+        yield Finding(area, "fail", f"{text}, and {needed}; choose another `output`")
     else:
-        yield Finding(area, "ok", f"{text}, {need_text}")
+        yield Finding(area, "ok", f"{text}, {needed}")

@@ -60,6 +60,7 @@ NAMES = (*GPUS, "cpu")
 
 def machine(name: str, compute_share: float | None = None) -> Machine:
     """The device of that name; `cpu` is measured here, in about two seconds. Raises UserError for an unknown one."""
+    name = name.lower()
     if name not in NAMES:
         raise UserError(f"--gpu: '{name}' is not known; there are {', '.join(NAMES)}")
     found = measured_cpu() if name == "cpu" else GPUS[name]

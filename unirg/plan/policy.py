@@ -1,6 +1,7 @@
 """The recipe's policy as shapes, and how long its prompts and reports are: from the data where they are there, else as
 given."""
 
+import contextlib
 import copy
 import math
 import statistics
@@ -152,6 +153,8 @@ def _studies(recipe: Recipe) -> tuple[list[Study], str]:
 
 def _config(source: str, named: str | None, trust: bool) -> PretrainedConfig:
     try:
+        with contextlib.suppress(OSError):  # what is here needs no network
+            return AutoConfig.from_pretrained(source, trust_remote_code=trust, local_files_only=True)
         return AutoConfig.from_pretrained(source, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
         key = f"policy.model: '{named}'" if named else f"--config: '{source}'"
