@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py                                     # --quick, --json as everywhere
     .venv-zero3/bin/python benchmarks/scaling.py                     # ZeRO-3 too, where DeepSpeed is installed
+    python benchmarks/scaling.py --wide                              # a policy of 27 million parameters, 1 and 2 ranks
     python benchmarks/scaling.py --picture docs/timeline.svg         # draws two ranks' steps
 
 The step is the same whatever the number of ranks: 16 studies x 8 reports of up to 64 tokens, a tiny policy and a KL
@@ -48,15 +49,16 @@ PHASES = {"scoring": "waiting for scores"}  # the loop's names that a reader of 
 Event = tuple[str, float, float]  # what, from, to (seconds of the machine's clock)
 
 
-def recipe(run: Path, steps: int, way: str) -> dict[str, Any]:
-    """The benchmark's recipe: the demo's sizes, no warm start."""
+def recipe(run: Path, steps: int, way: str, wide: bool) -> dict[str, Any]:
+    """The benchmark's recipe: the demo's sizes, or wider and deeper ones; no warm start."""
+    sizes = {"hidden": 512, "layers": 8, "heads": 8, "mlp": 1536} if wide else {}
     return {
         "name": "scaling",
         "output": str(run),
         "threads": 1,
         "data": {"adapter": "phantom", "train": 16 * steps, "dev": 4, "test": 4, "unseen": 4},
         "prompt": {"style": "short"},
-        "policy": {"tiny": {"image_size": 96}},
+        "policy": {"tiny": {"image_size": 96, **sizes}},
         "distributed": {"strategy": way},
         "evaluation": {"splits": []},
         "stages": [
@@ -126,11 +128,11 @@ def one_rank(run: Path) -> None:
     (run / f"rank{rank}.json").write_text(json.dumps({"steps": measured, "events": events}))
 
 
-def measure(folder: Path, ranks: int, way: str, steps: int) -> list[dict[str, Any]]:
+def measure(folder: Path, ranks: int, way: str, steps: int, wide: bool) -> list[dict[str, Any]]:
     """What each rank measured."""
     run = folder / f"{way}-{ranks}"
     run.mkdir()
-    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe(run, steps, way)))
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe(run, steps, way, wide)))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     subprocess.run(
         [sys.executable, *launch, __file__, "--rank", str(run)],
@@ -184,6 +186,7 @@ def draw(measured: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three steps, 1 and 2 ranks")
+    parser.add_argument("--wide", action="store_true", help="a larger policy; four steps, 1 and 2 ranks")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--picture", type=Path, help="where to draw two ranks' last steps (.svg, .png)")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
@@ -192,9 +195,10 @@ def main() -> None:
         return one_rank(arguments.rank)
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for ranks in RANKS[:2] if arguments.quick else RANKS:
+        for ranks in RANKS[:2] if arguments.quick or arguments.wide else RANKS:
             for way in WAYS if ranks > 1 else WAYS[:1]:
-                measured = measure(Path(folder), ranks, way, 3 if arguments.quick else 8)
+                steps = 3 if arguments.quick else 4 if arguments.wide else 8
+                measured = measure(Path(folder), ranks, way, steps, arguments.wide)
                 found[f"{way} {ranks}"] = figures(measured)
                 if arguments.picture and (way, ranks) == ("ddp", 2):
                     draw(measured, arguments.picture)
