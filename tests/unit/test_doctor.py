@@ -51,6 +51,15 @@ def test_threads_that_fight_for_cores_are_told(monkeypatch: pytest.MonkeyPatch) 
     assert not bad(node.check_cpu(), "warn")
 
 
+def test_no_room_for_temporary_files_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    assert "name a folder that exists" in bad(node.check_temporary())
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert not bad(node.check_temporary())
+    monkeypatch.setattr(node.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    assert "make room" in bad(node.check_temporary(), "warn")
+
+
 @pytest.mark.parametrize("name", ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"])
 def test_an_interface_that_is_not_there_is_named_beside_those_that_are(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -219,13 +228,20 @@ def test_a_disk_that_takes_no_files_fails(written: Written, tmp_path: Path) -> N
     assert "choose another `output`" in bad(recipe.check_recipe(path, []))
 
 
+def test_folders_that_cannot_be_looked_into_fail(written: Written, tmp_path: Path) -> None:
+    odd = str(tmp_path / ("x" * 300) / "m")  # the system refuses the name, whoever asks
+    failed = bad(recipe.check_recipe(written(policy={"model": odd}), []))
+    assert "policy.model:" in failed and "cannot be looked into" in failed
+    assert "choose another `output`" in bad(recipe.check_recipe(written(output=odd), []))
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize(("policy", "gib"), [({}, 327), ({"lora": {"rank": 64}, "freeze_vision": True}, 23)])
 def test_a_disk_must_hold_what_the_policy_writes(
     policy: dict[str, object], gib: int, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8.77 billion weights in float32, three times (with AdamW's moments) in each of three checkpoints, and once more as
-    the policy that is left; or 175 million of adapters, beside a policy in bfloat16."""
+    """8.77 billion weights in float32, three times (with AdamW's moments) in each of three checkpoints, and once more
+    as the policy that is left; or 175 million of adapters, beside a policy in bfloat16."""
     folder = tmp_path / "model"
     folder.mkdir()
     shutil.copy(Path(__file__).parents[2] / "docs" / "configs" / "qwen3-vl-8b.json", folder / "config.json")

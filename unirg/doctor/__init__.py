@@ -24,7 +24,7 @@ from unirg.doctor.network import (
     gather_findings,
     join,
 )
-from unirg.doctor.node import check_cpu, check_gpus, check_memory, check_versions
+from unirg.doctor.node import check_cpu, check_gpus, check_memory, check_temporary, check_versions
 from unirg.doctor.recipe import check_recipe
 from unirg.errors import UserError
 
@@ -43,7 +43,13 @@ def doctor(recipe: Path | None, overrides: Sequence[str] = (), *, as_json: bool 
     first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
     findings: list[Finding] = []
     console = Console(stderr=True, quiet=as_json or int(os.environ.get("RANK", "0")) > 0)
-    checks: list[Callable[[], Iterator[Finding]]] = [check_versions, check_gpus, check_cpu, check_memory]
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        check_versions,
+        check_gpus,
+        check_cpu,
+        check_memory,
+        check_temporary,
+    ]
     checks += [check_interfaces] + [check_port] * (ranks == 1)
     if first_of_node:
         with console.status("looking at the node"):

@@ -18,6 +18,9 @@ GIB = 1 << 30
 SHM_GIB = 1
 """Less shared memory than this, and processes that hand tensors to each other (NCCL's, vLLM's) may die of it."""
 
+TEMPORARY_GIB = 1
+"""Less room than this for temporary files, and a compiled kernel or a worker's file may not fit."""
+
 
 def check_versions() -> Iterator[Finding]:
     """Python, and every package that UniRG's metadata names, against the ranges that were tested together."""
@@ -127,5 +130,20 @@ def check_memory() -> Iterator[Finding]:
     text = f"/dev/shm: {size.free / GIB:.1f} of {size.total / GIB:.1f} GiB are free"
     if size.free < SHM_GIB * GIB:
         yield Finding(area, "warn", f"{text}; NCCL and vLLM may need more (in a container: --shm-size=8g)")
+    else:
+        yield Finding(area, "ok", text)
+
+
+def check_temporary() -> Iterator[Finding]:
+    """Room where Python, torch's compiler and vLLM put temporary files."""
+    area, place = "disk", os.environ.get("TMPDIR", "/tmp")
+    try:
+        free = shutil.disk_usage(place).free / GIB
+    except OSError as error:
+        yield Finding(area, "fail", f"TMPDIR {place}: {error.strerror}; name a folder that exists")
+        return
+    text = f"{place}: {free:.1f} GiB are free for temporary files"
+    if free < TEMPORARY_GIB:
+        yield Finding(area, "warn", f"{text}; make room, or let TMPDIR name another folder")
     else:
         yield Finding(area, "ok", text)

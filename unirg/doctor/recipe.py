@@ -36,9 +36,12 @@ def check_recipe(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     """Everything that the recipe names and that this node must have. Raises UserError where the recipe is not valid."""
     recipe = load_recipe(path, list(overrides))
     config = None
-    for finding, folder in _model(recipe):
-        config = folder
-        yield finding
+    try:
+        for finding, folder in _model(recipe):
+            config = folder
+            yield finding
+    except OSError as error:
+        yield Finding("model", "fail", f"policy.model: {error.filename} cannot be looked into ({error.strerror})")
     yield from _data(recipe)
     silent = []
     for url, start in _servers(recipe):
@@ -167,8 +170,9 @@ def _rewards(recipe: Recipe, silent: Sequence[str]) -> Iterator[Finding]:
 def _disk(recipe: Recipe, config: Path | None) -> Iterator[Finding]:
     """The run folder's disk takes files, locks and renames, and has room for the checkpoints."""
     area, run = "disk", Path(recipe.output).absolute()
-    place = next(folder for folder in (run, *run.parents) if folder.exists())
+    place = run
     try:
+        place = next(folder for folder in (run, *run.parents) if folder.exists())
         with tempfile.TemporaryDirectory(dir=place, prefix=".unirg-doctor-") as name:
             (Path(name) / "a").write_text("a", encoding="ascii")
             (Path(name) / "a").rename(Path(name) / "b")
