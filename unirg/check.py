@@ -3,8 +3,8 @@
 Each check raises UserError with lines that name the study, key or stage and say what to do.
 """
 
-import os
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 from accelerate.tracking import get_available_trackers
 from PIL import Image
 
+from unirg import ranks, watchdog
 from unirg.data import load_studies
-from unirg.data.command import check_studies
+from unirg.data.command import broken_films, check_studies, images_of
 from unirg.errors import UserError
 from unirg.evaluation.evaluate import COMPLETE, measure
 from unirg.grpo.choose import check_kernel
@@ -24,29 +25,78 @@ from unirg.recipe.schema import GrpoStage, Recipe, StageConfig, VisionStage
 from unirg.scoring.contract import RewardConfig, ScoreBatch, study_columns
 from unirg.scoring.engine import ScoringEngine
 from unirg.scoring.registry import check_trainable
-from unirg.study import Study
-from unirg.training import console
+from unirg.study import Study, StudyImage
+from unirg.training import console, together
 from unirg.vision import trainable_tower
 
 SHOWN = 20
 JUDGED = 64
 """So many studies' own reports are scored by the rewards."""
+MANY = 1000
+"""Films whose reading is told before it begins."""
 PROMPTS = 50
 """So many of the longest prompts, and of the largest films, are processed as training will process them."""
 
 
-def check(recipe: Recipe, build_policy: Callable[[Sequence[Study]], Policy]) -> None:
-    """Raises UserError for whatever would stop the run later: unreadable or empty studies (all of them, by id), prompts
-    over the limit, rewards and metrics that cannot be loaded, fail, or judge no study, figures that do not exist, steps
-    that do not divide by the ranks, trackers that are not installed. `build_policy` gives the policy for training
-    studies.
-    """
+def check_settings(recipe: Recipe) -> None:
+    """Raises UserError for what the recipe and the installation alone show: trackers and engines that are not
+    installed, steps that do not divide by the ranks, a forward that this machine does not have."""
     check_trackers(recipe)
     check_engine(recipe)
     for stage in recipe.stages:
-        check_shares(stage, int(os.environ.get("WORLD_SIZE", "1")))
+        check_shares(stage, ranks.world())
         if isinstance(stage, GrpoStage) and stage.shared_prefix:
             check_kernel(stage, recipe.policy, torch.cuda.is_available())
+
+
+def read_films(recipe: Recipe, whole: str | None = None) -> tuple[dict[Path, str], str]:
+    """Reads every film file that the run will read, each rank its share; all ranks call it.
+
+    Returns what is wrong with which file, and a mark of all their names, sizes and times. Where that is still `whole`
+    (the first rank's), the mark of an earlier start at which nothing was wrong, they are not read again.
+    """
+    with together("the list of films", recipe.name):
+        splits = [(config, "train") for config in unique([stage.data or recipe.data for stage in recipe.stages])]
+        splits += [(recipe.data, split) for split in evaluated_splits(recipe)]
+        studies = (study for config, split in splits for study in load_studies(config, split))
+        images = (image.source for study in studies for image in images_of(study))
+        files = list(dict.fromkeys(source for source in images if isinstance(source, Path)))
+        own = files[ranks.rank() :: ranks.world()]
+        share = sum(map(_mark, own))
+    # A sum: of all files in any order, whatever the number of ranks.
+    shares, known = zip(*ranks.everyones((share, whole)), strict=True)
+    mark = f"{sum(shares) % 2**256:064x}"
+    if mark == known[0]:
+        return {}, mark
+    if len(files) > MANY and ranks.rank() == 0:
+        console.print(f"reading {len(files)} films, once for all starts of this run", highlight=False)
+    with together("reading films", recipe.name):
+        broken = broken_films(map(StudyImage, own))
+    return {path: what for share in ranks.everyones(broken) for path, what in share.items()}, mark
+
+
+def _mark(path: Path) -> int:
+    watchdog.goes_on()
+    try:
+        known = path.stat()
+    except OSError:
+        return 0  # to be named where it is read
+    return int.from_bytes(hashlib.sha256(f"{path} {known.st_size} {known.st_mtime_ns}".encode()).digest())
+
+
+def evaluated_splits(recipe: Recipe) -> list[str]:
+    """The splits that are not trained on."""
+    dev = ["dev"] if any(stage.evaluate_every for stage in recipe.stages) else []
+    return unique([*dev, *recipe.evaluation.splits])
+
+
+def check(
+    recipe: Recipe, build_policy: Callable[[Sequence[Study]], Policy], broken: Mapping[Path, str] | None = None
+) -> None:
+    """Raises UserError for what would stop the run later: unreadable or empty studies (all of them, by id), prompts
+    over the limit, rewards and metrics that cannot be loaded, fail, or judge no study, figures that do not exist.
+    `build_policy` gives the policy for training studies; `broken` has what `read_films` found.
+    """
     policy: Policy | None = None
     for config in unique([stage.data or recipe.data for stage in recipe.stages]):
         studies = load_studies(config, "train")
@@ -55,7 +105,7 @@ def check(recipe: Recipe, build_policy: Callable[[Sequence[Study]], Policy]) -> 
         if vision:  # the policy first: a text-only one may well have studies without films
             policy = policy or build_policy(studies)
             check_vision(policy, vision[0])
-        check_split(studies, "train", vision)
+        check_split(studies, "train", vision, broken)
         for stage in users:
             if isinstance(stage, GrpoStage):
                 check_trainable(stage.rewards)
@@ -63,20 +113,25 @@ def check(recipe: Recipe, build_policy: Callable[[Sequence[Study]], Policy]) -> 
         policy = policy or build_policy(studies)
         check_prompts(policy, studies)
     assert policy is not None
-    dev = ["dev"] if any(stage.evaluate_every for stage in recipe.stages) else []
-    for i, split in enumerate(unique([*dev, *recipe.evaluation.splits])):
+    for i, split in enumerate(evaluated_splits(recipe)):
         studies = load_studies(recipe.data, split)
-        check_split(studies, split)
+        check_split(studies, split, broken=broken)
         check_prompts(policy, studies)
         if i == 0:
             check_figures(recipe, studies)
 
 
-def check_split(studies: Sequence[Study], split: str, vision: Sequence[StageConfig] = ()) -> None:
-    """Every study can be read and has a report; those that a vision stage learns from have a film, and some a label."""
+def check_split(
+    studies: Sequence[Study],
+    split: str,
+    vision: Sequence[StageConfig] = (),
+    broken: Mapping[Path, str] | None = None,
+) -> None:
+    """Every study can be read and has a report; those that a vision stage learns from have a film, and some a label.
+    `broken` as for `check_studies`."""
     if not studies:
         raise UserError(f"the split '{split}' has no studies")
-    lines = [f"study {problem.study}: {problem.what}" for problem in check_studies(studies)]
+    lines = [f"study {problem.study}: {problem.what}" for problem in check_studies(studies, broken)]
     for stage in vision:
         needs = f"no image, and stage {stage.name} trains the vision tower"
         lines += [f"study {study.id}: {needs}" for study in studies if not prompt_images(study, PromptConfig())]
@@ -113,12 +168,16 @@ def check_prompts(policy: Policy, studies: Sequence[Study]) -> None:
 
 
 def pixels(study: Study, prompt: PromptConfig) -> int:
-    """Pixels of the prompt's image files, from their headers; drawn films are all of one size and count 1."""
+    """Pixels of the prompt's image files, from their headers; drawn films are all of one size and count 1. Raises
+    UserError where a file has none."""
     total = 0
     for image in prompt_images(study, prompt):
         if isinstance(image.source, Path):
-            with Image.open(image.source) as opened:
-                total += opened.width * opened.height
+            try:
+                with Image.open(image.source) as opened:
+                    total += opened.width * opened.height
+            except OSError as error:
+                raise UserError(f"study {study.id}: corrupt image: {error}") from error
         else:
             total += 1
     return total

@@ -5,6 +5,7 @@ RUN/stages/<stage>/metrics.jsonl  step-000050/ ...  latest  final/
 RUN/rollouts/<stage>/step-000050.parquet   RUN/predictions/<split>/<stage>.jsonl   RUN/evaluation/<split>.json
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -36,11 +37,15 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes `text` so that a reader, or a kill, finds the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:  # a full disk
+        part.unlink(missing_ok=True)
+        raise
 
 
 def sync(path: Path) -> None:
@@ -130,17 +135,23 @@ def _differences(old: Any, new: Any, at: str = "") -> list[str]:
     return [] if old == new else [at]
 
 
+def read_manifest(run: Path) -> dict[str, Any]:
+    """The run's manifest.json; empty where it has none."""
+    path = run / "manifest.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def update_manifest(run: Path, **entries: Any) -> None:
     """Adds entries to manifest.json (versions and the time of the first start are always there)."""
-    path = run / "manifest.json"
     with (run / ".manifest.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # stages that run side by side write it too
-        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"started": _now()}
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)  # stages that run side by side write it too
+        manifest = read_manifest(run) or {"started": _now()}
         manifest |= {"versions": package_versions(), "platform": platform.platform(), "cpus": os.cpu_count()}
         for key, value in entries.items():
             known = manifest.get(key)
             manifest[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
-        write_atomically(path, json.dumps(manifest, indent=1, default=str) + "\n")
+        write_atomically(run / "manifest.json", json.dumps(manifest, indent=1, default=str) + "\n")
 
 
 def _now() -> str:

@@ -57,6 +57,16 @@ def handled() -> Iterator[None]:
         _asked, _at_once = 0, True
 
 
+@contextmanager
+def going_on(where: str) -> Iterator[None]:
+    """A stop in this part is told with `where` the same command goes on."""
+    try:
+        yield
+    except Stopped as stopped:
+        stopped.goes_on = where
+        raise
+
+
 def asked() -> int:
     """The number of the signal that asked for a stop; 0 where none has."""
     return _asked

@@ -7,9 +7,7 @@ Each stage starts from another stage's final policy, so the stages are a tree; t
 run at once (`jobs`). Started again on the same folder, the run goes on where it was.
 """
 
-import fcntl
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -17,22 +15,21 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
-from unirg import checkpoint, ranks, signals, zero3
+from unirg import checkpoint, ranks, signals, watchdog, zero3
 from unirg import run as run_folder
-from unirg.check import check, check_shares
+from unirg.check import check, check_settings, check_shares, read_films
 from unirg.data import fingerprint, load_studies
 from unirg.distributed import distribute, filled, outline, whole
 from unirg.errors import UserError
 from unirg.policy import Policy, blank_prompt, load_policy, vision_tower
+from unirg.process import end, hold, joined, see
 from unirg.prompt import build_messages, prompt_images, report_text
 from unirg.recipe.load import dump_recipe, load_recipe
 from unirg.recipe.schema import GrpoStage, Recipe, SftStage, StageConfig, VisionStage
@@ -41,7 +38,7 @@ from unirg.scoring.contract import RewardConfig
 from unirg.scoring.engine import ScoringEngine
 from unirg.scoring.registry import check_trainable
 from unirg.study import Study
-from unirg.training import StageRun, console
+from unirg.training import StageRun, console, in_words, together
 
 INITIAL = "policy"
 THREADS = torch.get_num_threads()
@@ -53,45 +50,62 @@ warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", Fu
 def train(recipe: Path, overrides: Sequence[str] = ()) -> int:
     """Runs a recipe file to its report. Bad recipes and bad data are UserErrors before any training time is spent.
 
-    Raises signals.Stopped where a signal asked the run to stop, and UserError where another process has the folder.
+    Raises signals.Stopped where a signal asked the run to stop, and UserError where another process has the folder, or
+    a disk takes no more.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         signals.end_with_parent()
     ranks.check_restarts()
-    with signals.handled(), ExitStack() as held:
-        return _train(load_recipe(recipe, overrides), held)
-
-
-def _train(resolved: Recipe, held: ExitStack) -> int:
+    resolved = load_recipe(recipe, overrides)
     run = Path(resolved.output)
-    main = int(os.environ.get("RANK", "0")) == 0
-    if resolved.distributed.strategy == "zero3" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        zero3.require()
-    waiting = [stage for stage in resolved.stages if not run_folder.final_folder(run, stage.name).exists()]
-    if main:
-        if run.exists():
-            held.enter_context(hold(run))
-        if waiting:  # first: a recipe that is put right afterwards must find no folder of its broken self
-            check(resolved, lambda studies: initial_policy(resolved, None, studies))
-        if not run.exists():
-            held.enter_context(hold(run))
-        run_folder.open_run(run, dump_recipe(resolved))
-        for stage in resolved.stages:
-            if stage not in waiting:  # what a kill between the last step and the end of the stage left
-                checkpoint.clear(run_folder.stage_folder(run, stage.name))
-        if not waiting:
-            console.print(f"{run}: nothing to train, every stage is finished", soft_wrap=True, highlight=False)
-    if waiting:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or resolved.jobs == 1:
-            for stage in waiting:
-                run_stage(resolved, run, stage)
-        else:
-            run_side_by_side(resolved, run, waiting)
-    if main and evaluated(resolved, run):
-        console.print(f"report: {run / 'report.html'}", soft_wrap=True, highlight=False)
-    elif main:
-        finish(resolved, run)
+    with signals.handled(), in_words(str(run)), ExitStack() as held:
+        with joined(resolved.distributed.timeout):
+            first = ranks.rank() == 0
+            _train(resolved, run, held)
+        if first:  # the others have ended: what is left is one process's work
+            with signals.going_on("with the evaluation"):
+                finish(resolved, run)
     return 0
+
+
+def _train(resolved: Recipe, run: Path, held: ExitStack) -> None:
+    """The stages that are not finished, on all ranks."""
+    main = ranks.rank() == 0
+    # As the first rank sees it: a network file system may show others what was there a while ago.
+    waiting = ranks.everyones([s.name for s in resolved.stages if not run_folder.final_folder(run, s.name).exists()])[0]
+    with signals.going_on("from its start" if len(waiting) == len(resolved.stages) else "from the last checkpoint"):
+        # A recipe that is put right after this must find no folder of its broken self.
+        with together("the check of the recipe", str(run)):
+            if resolved.distributed.strategy == "zero3" and ranks.world() > 1:
+                zero3.require()
+            if main and run.exists():
+                held.enter_context(hold(run))
+            if main and waiting:
+                check_settings(resolved)
+        broken, films = read_films(resolved, run_folder.read_manifest(run).get("films")) if waiting else ({}, None)
+        with together("the check of prompts and rewards", str(run)):
+            if main and waiting:
+                check(resolved, lambda studies: initial_policy(resolved, None, studies), broken)
+    with together("the run folder", str(run)):
+        if main:
+            if not run.exists():
+                held.enter_context(hold(run))
+            run_folder.open_run(run, dump_recipe(resolved))
+            if waiting:
+                run_folder.update_manifest(run, films=films)
+            for stage in resolved.stages:
+                if stage.name not in waiting:  # what a kill between the last step and the end of the stage left
+                    checkpoint.clear(run_folder.stage_folder(run, stage.name))
+            if not waiting:
+                console.print(f"{run}: nothing to train, every stage is finished", soft_wrap=True, highlight=False)
+    stages = [stage for stage in resolved.stages if stage.name in waiting]
+    if stages and (ranks.world() > 1 or resolved.jobs == 1):
+        with together("the run folder", str(run)):
+            see(run / "recipe.yaml")
+        for stage in stages:
+            run_stage(resolved, run, stage)
+    elif stages:
+        run_side_by_side(resolved, run, stages)
 
 
 def run_side_by_side(recipe: Recipe, run: Path, waiting: Sequence[StageConfig]) -> None:
@@ -172,15 +186,14 @@ def initial_policy(recipe: Recipe, folder: Path | None, studies: Sequence[Study]
 
 
 def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
-    """One stage, from its checkpoint if it has one, to its final model folder."""
+    """One stage, from its checkpoint if it has one, to its final model folder. All ranks call it."""
+    watchdog.comes_to("loading", step=f"the start of stage {stage.name}")
     torch.set_num_threads(recipe.threads or max(1, THREADS // beside(recipe, stage)))
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.policy.dtype == "bfloat16" else "no",
         cpu=not torch.cuda.is_available(),
         log_with=list(recipe.trackers) or None,
         project_dir=str(run / "trackers" / stage.name),
-        # Later than the watchdog, which can say who is waited for.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2 * recipe.distributed.timeout))],
     )
     world = accelerator.num_processes
     check_shares(stage, world)
@@ -245,6 +258,8 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
         if accelerator.is_main_process:
             put_in_place(policy, run_folder.final_folder(run, stage.name))
             checkpoint.clear(work.folder)
+    with work.together("final policy"):
+        see(run_folder.final_folder(run, stage.name))
     signals.at_once(True)  # they waited since the last step
     if recipe.trackers:
         accelerator.end_training()
@@ -263,26 +278,6 @@ def put_in_place(policy: Policy, final: Path) -> None:
         run_folder.sync(path)
     part.rename(final)
     run_folder.sync(final.parent)
-
-
-def hold(folder: Path) -> TextIO:
-    """Locks a run's or a stage's folder while the returned file is open: two processes would mix their checkpoints.
-
-    Raises UserError where another process holds it, naming that.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise UserError(f"{folder}: {holder} is training there; wait for it, or stop it") from error
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()} (since {datetime.now():%Y-%m-%d %H:%M:%S})\n")
-    lock.flush()
-    return lock
 
 
 def write_reports(recipe: Recipe, run: Path, stage: str) -> None:
@@ -340,10 +335,13 @@ def dev_evaluation(
 
 
 def finish(recipe: Recipe, run: Path) -> None:
-    """Gathers metrics, evaluates the configured splits and writes the report."""
+    """Gathers metrics, evaluates the configured splits and writes the report, unless all of it is there."""
     from unirg.evaluation.command import evaluate
     from unirg.report import build as build_report
 
+    if evaluated(recipe, run):
+        console.print(f"report: {run / 'report.html'}", soft_wrap=True, highlight=False)
+        return
     run_folder.gather_metrics(run, [stage.name for stage in recipe.stages])
     if writes_reports(recipe):
         evaluate(run)  # every split of the recipe; it writes the report
@@ -367,23 +365,28 @@ def evaluated(recipe: Recipe, run: Path) -> bool:
     return min(path.stat().st_mtime for path in written) > max(path.stat().st_mtime for path in read)
 
 
-if __name__ == "__main__":  # python -m unirg.stages RUN STAGE...: what a run side by side starts
-    _run = Path(sys.argv[1])
-    _recipe = load_recipe(_run / "recipe.yaml")
+def _stages_alone(run: Path, names: Sequence[str]) -> int:
+    """`python -m unirg.stages RUN STAGE...`: what a run side by side starts. Returns the exit status."""
+    recipe, told = load_recipe(run / "recipe.yaml"), ", ".join(names)
     signals.end_with_parent()
     try:
         ranks.check_restarts()
-        with signals.handled():
-            for _stage in (stage for stage in _recipe.stages if stage.name in sys.argv[2:]):
-                if not run_folder.final_folder(_run, _stage.name).exists():
-                    run_stage(_recipe, _run, _stage)
-                    if not isinstance(_stage, VisionStage) and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-                        write_reports(_recipe, _run, _stage.name)  # here, where they are written side by side
+        with signals.handled(), in_words(str(run)), joined(recipe.distributed.timeout):
+            for stage in (stage for stage in recipe.stages if stage.name in names):
+                if not run_folder.final_folder(run, stage.name).exists():
+                    run_stage(recipe, run, stage)
+                    if not isinstance(stage, VisionStage) and ranks.world() == 1:
+                        write_reports(recipe, run, stage.name)  # here, where they are written side by side
     except signals.Stopped as stopped:
-        print(f"{', '.join(sys.argv[2:])}: {stopped}", file=sys.stderr)
-        sys.exit(stopped.status)
+        print(f"{told}: {stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except UserError as error:
-        print(f"{', '.join(sys.argv[2:])}: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"{told}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    end(_stages_alone(Path(sys.argv[1]), sys.argv[2:]))

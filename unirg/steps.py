@@ -245,11 +245,10 @@ def optimise(
         half = work.policy.config.dtype == "bfloat16"
         work.policy.engine = zero3.engine(trainable, optimiser, stage.optimiser.max_grad_norm, half=half)
     steps = Steps(work, weights, optimiser, boundary, state, carried, work.policy.engine)
-    with watchdog.watching(work.recipe.distributed.timeout):
-        steps.resume()
-        steps.run(step_metrics, evaluate)
-        if state["best_step"] is not None:
-            checkpoint.load(work.folder / "best", weights, None, step=state["best_step"], warn=work.warn)
+    steps.resume()
+    steps.run(step_metrics, evaluate)
+    if state["best_step"] is not None:
+        checkpoint.load(work.folder / "best", weights, None, step=state["best_step"], warn=work.warn)
     if work.accelerator.is_main_process:
         run_folder.update_manifest(
             work.run, stages={stage.name: {k: state[k] for k in ("step", "best", "seconds", "cpu_seconds")}}

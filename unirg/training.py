@@ -38,6 +38,52 @@ class RanksStop(UserError):
     """An error that all ranks raise at one place."""
 
 
+def meet(phase: str, failure: UserError | None = None, *, stoppable: bool = True) -> None:
+    """Where ranks come together before `phase`, equally often on each: they go on, or they all stop.
+
+    Raises signals.Stopped where any was asked to stop (if `stoppable`), and where any brings a `failure`, that one, or
+    on several ranks RanksStop: the first rank's has the words of all.
+    """
+    watchdog.comes_to(phase, waits=True)
+    asked = signals.asked() if stoppable else 0
+    if ranks.world() > 1:
+        asked = ranks.largest(FAILED if failure else asked)
+        if asked == FAILED:  # words that all say are said once
+            words = dict.fromkeys(words for words in ranks.everyones(failure and str(failure)) if words)
+            raise RanksStop("\n".join(words) if ranks.rank() == 0 else "stopped with rank 0, which says why")
+    elif failure is not None:
+        raise failure
+    if asked:
+        raise signals.Stopped(asked)
+    watchdog.comes_to(phase)
+
+
+@contextmanager
+def in_words(what: str) -> Iterator[None]:
+    """Errors of a disk become UserErrors about `what`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        words = f"a file cannot be written or read ({error}); put that right, and the same command goes on"
+        raise UserError(f"{what}: {words}") from error
+
+
+@contextmanager
+def together(phase: str, what: str, *, stoppable: bool = True) -> Iterator[None]:
+    """A part that may fail on one rank alone: then all stop, at its end. Errors of the disk become `what`'s, in words.
+    All ranks enter it, equally often, and none needs another within it."""
+    watchdog.comes_to(phase)
+    failure: UserError | None = None
+    try:
+        with in_words(what):
+            yield
+    except UserError as error:
+        failure = error
+    meet(f"what follows {phase}", failure, stoppable=stoppable)
+
+
 @dataclass
 class StageRun:
     """A stage at work: what its step function needs."""
@@ -97,40 +143,14 @@ class StageRun:
         say(self.accelerator, self.stage.name, f"[yellow]{escape(text)}[/yellow]")
 
     def meet(self, phase: str, failure: UserError | None = None) -> None:
-        """Where ranks come together before `phase`, equally often on each: they go on, or they all stop.
-
-        Raises signals.Stopped where any was asked to stop (except between steps that share a batch), and where any
-        brings a `failure`, that one, or on several ranks RanksStop with all of them.
-        """
-        watchdog.comes_to(phase, waits=True)
-        asked = signals.asked() if self.stoppable else 0
-        if self.accelerator.num_processes > 1:
-            asked = ranks.largest(FAILED if failure else asked)
-            if asked == FAILED:
-                raise RanksStop("\n".join(words for words in ranks.everyones(failure and str(failure)) if words))
-        elif failure is not None:
-            raise failure
-        if asked:
-            raise signals.Stopped(asked)
-        watchdog.comes_to(phase)
+        """Where ranks come together before `phase`: see `meet`. They do not stop between steps that share a batch."""
+        meet(phase, failure, stoppable=self.stoppable)
 
     @contextmanager
     def together(self, phase: str) -> Iterator[None]:
-        """A part of a step that may fail on one rank alone, by a study, a reward or a disk: then all stop, at its end.
-        All ranks enter it, equally often, and none needs another within it."""
-        watchdog.comes_to(phase)
-        failure: UserError | None = None
-        try:
+        """A part of a step that may fail on one rank alone, by a study, a reward or a disk: see `together`."""
+        with together(phase, f"stage {self.stage.name}", stoppable=self.stoppable):
             yield
-        except UserError as error:
-            failure = error
-        except OSError as error:
-            if error.errno not in DISK:
-                raise
-            words = f"a file cannot be written or read ({error}); put that right, and the same command goes on"
-            failure = UserError(f"stage {self.stage.name}: {words}")
-            failure.__cause__ = error
-        self.meet(f"what follows {phase}", failure)
 
     @contextmanager
     def uninterrupted(self, phase: str) -> Iterator[None]:

@@ -8,14 +8,13 @@ ranks that wait in a collective are silent until the engine's own timeout, whose
 import json
 import os
 import platform
-import queue
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -35,6 +34,23 @@ _place: dict[str, Any] = {}
 others there, `step`, `since` when (a monotonic clock)."""
 
 
+@dataclass
+class _Watch:
+    """What the two threads of a watched rank share."""
+
+    timeout: float
+    ended: threading.Event = field(default_factory=threading.Event)
+    looked: float = 0.0
+    """When the others' places were last read (a monotonic clock),"""
+    verdict: str | None = None
+    """and what was to be said of them; None where those behind move."""
+
+    @property
+    def pulse(self) -> float:
+        """Seconds between two reports of a rank that does not move."""
+        return min(10.0, self.timeout / 10)
+
+
 def comes_to(phase: str, *, waits: bool = False, step: str | None = None) -> None:
     """Notes that this rank is in `phase` now, or `waits` for the others before it; `step` in words, where it is new."""
     _place.update(
@@ -46,60 +62,73 @@ def comes_to(phase: str, *, waits: bool = False, step: str | None = None) -> Non
     )
 
 
+def goes_on() -> None:
+    """Notes that this rank moves within a long phase: its time there is counted anew."""
+    _place["since"] = time.monotonic()
+
+
 @contextmanager
 def watching(timeout: float) -> Iterator[None]:
-    """While it lasts, a rank that has been at one place for `timeout` seconds ends its process with status 124, after a
-    line that names the ranks that are behind and those that wait for them. One rank alone is not watched."""
+    """While it lasts, a rank that has been at one place for `timeout` seconds, as have those behind it, ends its
+    process with status 124, after a line that names the ranks that are behind and those that wait for them. One rank
+    alone is not watched."""
     if ranks.world() == 1:
         yield
         return
     _place.clear()
     comes_to("start")
-    ended, late = threading.Event(), threading.Event()
-    verdicts: queue.SimpleQueue[str] = queue.SimpleQueue()
+    watch = _Watch(timeout)
     # Two, since a store whose host is stopped may keep the one that asks it for ever.
-    for job in (partial(_post, timeout, ended, late, verdicts), partial(_watch, timeout, ended, late, verdicts)):
-        threading.Thread(target=job, name="watchdog", daemon=True).start()
+    jobs = [threading.Thread(target=job, args=[watch], name="watchdog", daemon=True) for job in (_post, _judge)]
+    for job in jobs:
+        job.start()
     try:
         yield
     finally:
-        ended.set()
+        watch.ended.set()
+        for job in jobs:
+            job.join(2)  # in the store's C++ code when the interpreter ends, it would abort the process
 
 
-def _watch(timeout: float, ended: threading.Event, late: threading.Event, verdicts: "queue.SimpleQueue[str]") -> None:
-    while not ended.wait(min(10.0, timeout / 10)):
-        if time.monotonic() - _place["since"] < timeout:
+def _judge(watch: _Watch) -> None:
+    """Ends the process where this rank has waited too long for others that do not move."""
+    while not watch.ended.wait(min(1.0, watch.pulse)):
+        late = _place["since"] + watch.timeout
+        if time.monotonic() < late:
             continue
-        late.set()
-        try:
-            verdict = verdicts.get(timeout=ANSWER_SECONDS)
-        except queue.Empty:
+        verdict = watch.verdict
+        if watch.looked < late:
+            verdict = None
+        if verdict is None and time.monotonic() > max(late, watch.looked) + watch.pulse + ANSWER_SECONDS:
             shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             holder = "torchrun on the first host" if shared else "rank 0"
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            verdict = f"{_where(_report())}; {holder}, which holds the ranks' store ({address}), does not answer"
-        if not ended.is_set():
+            where = _where(_report(), 0.0)
+            verdict = f"{where}; {holder}, which holds the ranks' store ({address}), does not answer"
+        if verdict is not None and not watch.ended.is_set():
             end = "The run ends here; started again, it goes on from its last checkpoint"
             print(f"{verdict}. {end}", file=sys.stderr, flush=True)
             os._exit(STATUS)  # the main thread waits in a collective that nothing else ends
 
 
-def _post(timeout: float, ended: threading.Event, late: threading.Event, verdicts: "queue.SimpleQueue[str]") -> None:
-    """Writes where this rank is, again and again, and reads the others where it is late."""
+def _post(watch: _Watch) -> None:
+    """Writes where this rank is, again and again; one that stays at its place reads where the others are."""
     board, said, due = None, -1, 0.0
-    while not ended.is_set():
+    heard: dict[int, tuple[dict[str, Any], float]] = {}
+    while not watch.ended.wait(PACE):
+        now, here = time.monotonic(), _place["count"]
+        if here == said and now < due:
+            continue
         try:
             board = board or _board()
-            if _place["count"] != said or time.monotonic() >= due or late.is_set():
-                report = _report()
-                board.set(f"rank/{ranks.rank()}", json.dumps(report))
-                said, due = report["count"], time.monotonic() + min(10.0, timeout / 10)
-            if late.is_set():
-                verdicts.put(_verdict(_reports(board)))
-                return
+            board.set(f"rank/{ranks.rank()}", json.dumps(_report()))
+            if here == said:
+                _listen(board, heard)
+                verdict = _verdict(heard, watch.timeout)
+                watch.verdict, watch.looked = verdict, time.monotonic()
+            said, due = here, now + watch.pulse
         except dist.DistError:  # the store's host is slow, stopped or gone
             board = None
-        late.wait(PACE)
 
 
 def _board() -> dist.Store:
@@ -111,33 +140,41 @@ def _board() -> dist.Store:
 
 def _report() -> dict[str, Any]:
     place = dict(_place)
-    place["for"] = time.monotonic() - place.pop("since")
-    return place | {"rank": ranks.rank(), "host": platform.node(), "pid": os.getpid(), "time": time.time()}
+    now = time.monotonic()
+    place["for"] = now - place.pop("since")
+    return place | {"rank": ranks.rank(), "host": platform.node(), "pid": os.getpid(), "beat": now}
 
 
-def _reports(board: dist.Store) -> dict[int, dict[str, Any]]:
-    """What each rank last said; one that never said anything is left out."""
-    return {
-        rank: json.loads(board.get(f"rank/{rank}")) for rank in range(ranks.world()) if board.check([f"rank/{rank}"])
-    }
+def _listen(board: dist.Store, heard: dict[int, tuple[dict[str, Any], float]]) -> None:
+    """Takes over what each rank last said, and when that was new here: hosts' clocks need not agree. A rank that never
+    said anything is left out."""
+    there = [rank for rank in range(ranks.world()) if rank in heard or board.check([f"rank/{rank}"])]
+    now = time.monotonic()
+    for rank, said in zip(there, board.multi_get([f"rank/{rank}" for rank in there]), strict=True):
+        report = json.loads(said)
+        if rank not in heard or heard[rank][0]["beat"] != report["beat"]:
+            heard[rank] = (report, now)
 
 
-def _verdict(reports: dict[int, dict[str, Any]]) -> str:
-    """In words: who is behind, since when, last heard of when; and who waits for them."""
-    silent = [rank for rank in range(ranks.world()) if rank not in reports]
-    behind = min(report["count"] for report in reports.values())
-    late = [report for report in reports.values() if report["count"] == behind]
-    parts = [_where(report) for report in sorted(late, key=lambda report: report["rank"])]
+def _verdict(heard: dict[int, tuple[dict[str, Any], float]], timeout: float) -> str | None:
+    """In words: who is behind, since when, last heard of when; and who waits for them. None where one of those behind
+    came to its place less than `timeout` seconds ago."""
+    now = time.monotonic()
+    silent = [rank for rank in range(ranks.world()) if rank not in heard]
+    behind = min(report["count"] for report, _ in heard.values())
+    late = [rank for rank, (report, _) in sorted(heard.items()) if report["count"] == behind]
+    if any(heard[rank][0]["for"] + now - heard[rank][1] < timeout for rank in late):
+        return None
+    parts = [_where(heard[rank][0], now - heard[rank][1]) for rank in late]
     if silent:
         parts.append(f"{ranks.numbers(silent)} never said anything")
-    if waiting := sorted(set(reports) - {report["rank"] for report in late}):
-        wait = reports[waiting[0]]
+    if waiting := sorted(set(heard) - set(late)):
+        wait = heard[waiting[0]][0]
         parts.append(f"{ranks.numbers(waiting)} wait{'s' * (len(waiting) == 1)} at '{wait['phase']}'")
     return "; ".join(parts)
 
 
-def _where(report: dict[str, Any]) -> str:
-    heard = time.time() - report["time"]
+def _where(report: dict[str, Any], heard: float) -> str:
     what = f"has waited before '{report['phase']}'" if report["waits"] else f"has been in '{report['phase']}'"
     return (
         f"rank {report['rank']} (host {report['host']}, process {report['pid']}) {what} of {report['step']} for "

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,12 +100,13 @@ def assert_same(run: Path, other: Path) -> None:
     assert len(digests(run)) == len(STAGES) and digests(run) == digests(other)
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
-    """Returns when the condition holds."""
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    """Returns when the condition holds, what it gives then."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (given := condition()):
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.005)
+    return given
 
 
 class Trainer:
@@ -165,3 +166,46 @@ def warm() -> Iterator[Start]:
             started[-1].signal(signal.SIGKILL)
         stdin.close()
         server.wait()
+
+
+class Job:
+    """torchrun with two ranks on a command; by default, the stage `sft` of a run."""
+
+    def __init__(self, run: Path, *options: str, command: Sequence[str] = ()) -> None:
+        self.folder, self._log = run / "stages" / "sft", run.with_suffix(".log")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launch += ["--shutdown-timeout", "10", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", *options]
+        with self._log.open("a") as log:
+            self.process = subprocess.Popen(
+                [*launch, *(command or ["-m", "unirg.stages", str(run), "sft"])],
+                cwd=run.parent,
+                # Without it torchrun's second start finds the addresses of the first, and hangs.
+                env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
+                stdout=log,
+                stderr=log,
+            )
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def steps(self) -> int:
+        return len(run_folder.read_metrics(self.folder))
+
+    def rank(self, number: int) -> int:
+        """The process of a rank."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for child in map(int, children):
+            if f"RANK={number}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                return child
+        raise AssertionError(f"no rank {number}: {self.said}")
+
+
+@contextmanager
+def job(run: Path, *options: str, command: Sequence[str] = ()) -> Iterator[Job]:
+    started = Job(run, *options, command=command)
+    try:
+        yield started
+    finally:
+        if started.process.poll() is None:  # a test that failed
+            started.process.kill()

@@ -16,7 +16,7 @@ from tests.faults.runs import Start, assert_same, digests, prepare, wait_for
 from unirg import checkpoint
 from unirg import run as run_folder
 from unirg.errors import UserError
-from unirg.stages import hold
+from unirg.process import hold
 
 
 @pytest.fixture

@@ -4,13 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import digests, environment, prepare, wait_for
+from tests.faults.runs import digests, environment, job, prepare, wait_for
 from unirg import run as run_folder
 
 pytestmark = pytest.mark.faults
@@ -25,49 +23,6 @@ OPTIONS = (
     "stages.sft.studies_per_forward=1",
     "distributed.timeout=6",
 )
-
-
-class Job:
-    """torchrun with two ranks on the stage `sft` of a run."""
-
-    def __init__(self, run: Path, *options: str) -> None:
-        self.folder, self._log = run / "stages" / "sft", run.with_suffix(".log")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["--shutdown-timeout", "10", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", *options]
-        with self._log.open("a") as log:
-            self.process = subprocess.Popen(
-                [*command, "-m", "unirg.stages", str(run), "sft"],
-                cwd=run.parent,
-                # Without it torchrun's second start finds the addresses of the first, and hangs.
-                env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
-                stdout=log,
-                stderr=log,
-            )
-
-    @property
-    def said(self) -> str:
-        return self._log.read_text()
-
-    def steps(self) -> int:
-        return len(run_folder.read_metrics(self.folder))
-
-    def rank(self, number: int) -> int:
-        """The process of a rank."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        for child in map(int, children):
-            if f"RANK={number}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-                return child
-        raise AssertionError(f"no rank {number}: {self.said}")
-
-
-@contextmanager
-def job(run: Path, *options: str) -> Iterator[Job]:
-    started = Job(run, *options)
-    try:
-        yield started
-    finally:
-        if started.process.poll() is None:  # a test that failed
-            started.process.kill()
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from unirg.data import PhantomData, load_studies
-from unirg.data.command import Problem, check, check_studies
+from unirg.data.command import Problem, broken_films, check, check_studies
 from unirg.errors import UserError
 from unirg.study import Study, StudyImage
 
@@ -104,9 +104,10 @@ def test_check_studies_finds_repeated_ids_and_leaves_drawn_films_undrawn() -> No
     assert check_studies([drawn]) == []
     assert check_studies([drawn, drawn, drawn]) == [Problem("s", "the id occurs more than once; ids must be unique")]
     with pytest.raises(AssertionError, match="was drawn"):
-        check_studies([drawn], drawn=True)
+        broken_films(drawn.images)
 
 
 def test_the_phantom_corpus_has_no_bad_study() -> None:
     config = PhantomData(train=50, unseen=20, reports="omitting")
-    assert check_studies(load_studies(config, "train") + load_studies(config, "unseen"), drawn=True) == []
+    studies = load_studies(config, "train") + load_studies(config, "unseen")
+    assert check_studies(studies, broken_films(image for study in studies for image in study.images)) == []

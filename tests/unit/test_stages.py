@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from unirg.errors import UserError
+from unirg.process import hold
 from unirg.recipe.load import load_recipe
 from unirg.recipe.schema import Recipe
-from unirg.stages import beside, hold, needed
+from unirg.stages import beside, needed
 
 
 @pytest.fixture

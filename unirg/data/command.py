@@ -4,9 +4,11 @@ import base64
 import difflib
 import html
 import io
+import os
 import statistics
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,13 +19,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from unirg import watchdog
 from unirg.data import JsonlData, OpeniData, PhantomData, drawn_films, load_studies
 from unirg.data.jsonl import FIELDS, read_studies
 from unirg.data.openi import fetch_reports
 from unirg.errors import UserError
 from unirg.extraction import FINDINGS, extract
 from unirg.prompt import PromptConfig, build_messages, report_text
-from unirg.study import Study
+from unirg.study import Study, StudyImage
 
 _SHOWN = 12
 _ROWS = 20
@@ -38,11 +41,43 @@ class Problem:
     what: str
 
 
-def check_studies(studies: Iterable[Study], drawn: bool = False) -> list[Problem]:
-    """Read every image file once and name every study with a missing or corrupt image, no report or a repeated id.
+def images_of(study: Study) -> tuple[StudyImage, ...]:
+    """The study's images and its prior study's."""
+    return (*study.images, *(study.prior.images if study.prior else ()))
 
-    Drawn films are drawn only if `drawn`: they can be neither missing nor corrupt, and drawing takes a millisecond.
-    """
+
+def broken_films(images: Iterable[StudyImage]) -> dict[Path, str]:
+    """Reads images, several at a time, and says what is wrong with which file. Drawn films are drawn, which takes a
+    millisecond."""
+    threads = max(4, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    broken: dict[Path, str] = {}
+    waiting: deque[Future[dict[Path, str]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:  # decoding leaves the interpreter to others
+        for image in images:
+            watchdog.goes_on()
+            waiting.append(pool.submit(_broken, image))
+            if len(waiting) > 4 * threads:  # few: a signal waits for them
+                broken |= waiting.popleft().result()
+        for last in waiting:
+            broken |= last.result()
+    return broken
+
+
+def _broken(image: StudyImage) -> dict[Path, str]:
+    try:
+        image.load()
+    except OSError as error:
+        assert isinstance(image.source, Path)  # what is drawn is of no file
+        missing = isinstance(error, FileNotFoundError)
+        return {image.source: f"missing image {image.source}" if missing else f"corrupt image: {error}"}
+    return {}
+
+
+def check_studies(studies: Sequence[Study], broken: Mapping[Path, str] | None = None) -> list[Problem]:
+    """Names every study with a missing or corrupt image, no report or a repeated id. `broken` has the files of which
+    something is known to be wrong, and what; without it all are read."""
+    images = (image for study in studies for image in images_of(study) if isinstance(image.source, Path))
+    broken = broken_films(images) if broken is None else broken
     problems: list[Problem] = []
     seen: Counter[str] = Counter()
     for study in studies:
@@ -51,15 +86,8 @@ def check_studies(studies: Iterable[Study], drawn: bool = False) -> list[Problem
             problems.append(Problem(study.id, "the id occurs more than once; ids must be unique"))
         if not report_text(study):
             problems.append(Problem(study.id, "empty report: neither findings nor impression"))
-        for image in (*study.images, *(study.prior.images if study.prior else ())):
-            if callable(image.source) and not drawn:
-                continue
-            try:
-                image.load()
-            except FileNotFoundError:
-                problems.append(Problem(study.id, f"missing image {image.source}"))
-            except OSError as error:
-                problems.append(Problem(study.id, f"corrupt image: {error}"))
+        sources = [image.source for image in images_of(study) if isinstance(image.source, Path)]
+        problems += [Problem(study.id, broken[source]) for source in sources if source in broken]
     return problems
 
 
@@ -85,7 +113,8 @@ def check(source: Path, overrides: Sequence[str] = (), splits: Sequence[str] | N
         else:
             studies = load_studies(config, split)
         watched = track(studies, f"reading {split}", console=console, transient=True)
-        rows += [f"study {problem.study}: {problem.what}" for problem in check_studies(watched, drawn=True)]
+        broken = broken_films(image for study in watched for image in images_of(study))
+        rows += [f"study {problem.study}: {problem.what}" for problem in check_studies(studies, broken)]
         _print_summary(console, split, studies)
         labels = dict.fromkeys(key.partition("/")[0] for study in studies for key in study.labels)
         if strange := [_finding_like(name) for name in labels if name not in FINDINGS]:
