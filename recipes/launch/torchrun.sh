@@ -17,7 +17,6 @@ gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
 if [ "${NODES:-1}" = 1 ]; then
     where=(--standalone --max-restarts "${RESTARTS:-0}")
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # ranks that are started again must not meet the dead ones in it
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or ranks that are started again look for the dead ones
 else
     where=(--nnodes "$NODES" --node-rank "${NODE:-${SLURM_PROCID:?NODE, the number of this node, from 0}}")
     where+=(--master-addr "${HEAD:?the name or address of node 0}" --master-port "${PORT:-29400}")
