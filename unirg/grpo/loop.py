@@ -302,5 +302,6 @@ def load_reference(work: StageRun) -> Policy | None:
         config = work.recipe.policy.model_copy(update={"lora": None, "gradient_checkpointing": False})
         folder = run_folder.final_folder(work.run, stage.kl.reference)
         reference = load_policy(config, work.recipe.prompt, folder=folder)
+        reference.blank = work.policy.blank  # it is sharded where the policy is
     reference.model.requires_grad_(False).eval().to(work.policy.device)
     return reference
