@@ -1,5 +1,7 @@
 """What is verified before training: vision stages, films by size, shares of a step, trackers."""
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,30 @@ def test_a_vision_stage_needs_films_and_labels(tmp_path: Path) -> None:
         check.check_split([seen, Study("b", findings="Clear.", labels={"effusion": 1})], "train", [stage("vision")])
     with pytest.raises(UserError, match="no training study has any"):
         check.check_split([Study("a", films, findings="Clear.")], "train", [stage("vision")])
+
+
+def test_films_are_read_once_for_all_starts_of_a_run(tmp_path: Path) -> None:
+    """Until one of them shows another size or time, or another is asked for."""
+    rows = []
+    for i in range(12):
+        film(tmp_path, f"{i}.png", 8)
+        rows.append({"id": f"s{i}", "images": [f"{i}.png", "0.png"], "findings": "Clear."})
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"adapter": "jsonl", "files": {"train": str(tmp_path / "train.jsonl")}}
+    asked = recipe(data=data, evaluation={"splits": []})
+    broken, mark = check.read_films(asked)
+    assert broken == {}
+
+    spoilt, gone = tmp_path / "5.png", tmp_path / "7.png"
+    times = spoilt.stat()
+    spoilt.write_bytes(bytes(times.st_size))
+    os.utime(spoilt, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert check.read_films(asked, mark) == ({}, mark)  # none was read
+    found, same = check.read_films(asked, "another")
+    assert same == mark and list(found) == [spoilt] and found[spoilt].startswith(f"corrupt image: {spoilt}")
+    gone.unlink()
+    found, other = check.read_films(asked, mark)
+    assert other != mark and found[gone] == f"missing image {gone}" and set(found) == {spoilt, gone}
 
 
 def test_one_large_film_among_many_studies_with_more_text_is_found(

@@ -1,9 +1,12 @@
 """Stages: what waits for what, who shares the cores, and that no two processes train one stage."""
 
+import errno
+import fcntl
 from pathlib import Path
 
 import pytest
 
+from unirg import run as run_folder
 from unirg.errors import UserError
 from unirg.process import hold
 from unirg.recipe.load import load_recipe
@@ -41,3 +44,24 @@ def test_one_process_a_stage(tmp_path: Path) -> None:
         hold(tmp_path / "sft")
     first.close()
     hold(tmp_path / "sft").close()
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Lustre mounted without them; there is none here."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    hold(tmp_path / "sft").close()
+    assert "its file system has no locks (Function not implemented); see to it" in capsys.readouterr().out
+    run_folder.update_manifest(tmp_path, seed=1)
+    assert run_folder.read_manifest(tmp_path)["seed"] == 1
+
+
+def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run: cannot be written \(Not a directory\); choose another `output`"):
+        hold(tmp_path / "file" / "run")

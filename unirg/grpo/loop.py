@@ -81,7 +81,7 @@ def run_grpo(
             with work.together("scoring"):
                 collect_scores(engine, submitted, watch)
             held["metrics"], held["normaliser"] = judge_rollouts(work, sampler, engine, groups, batch, watch)
-            held["unscored"] = without_scores(work, held["metrics"], batch, held.get("unscored", 0))
+            held["unscored"] = without_scores(work, held["metrics"], batch, held.get("unscored"))
             held["groups"] = groups
             held["metrics"] |= monitor(groups, batch)
             if not last:

@@ -3,8 +3,9 @@
 Shapes: S studies of a rank, G reports per study, N = S * G over all ranks.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
+from unirg import run as run_folder
 from unirg.errors import UserError
 from unirg.grpo.advantages import AdvantageResult, advantages, most_extreme
 from unirg.grpo.loss import Normaliser
@@ -210,17 +212,27 @@ def failed_scores(work: StageRun, engine: ScoringEngine) -> dict[str, float]:
     return figures | dict(zip(names, work.accelerator.reduce(counts, "sum").tolist(), strict=True))
 
 
-def without_scores(work: StageRun, metrics: dict[str, float], batch: int, before: int) -> int:
-    """How many batches in a row had no report that could be scored, or a reward of non-zero weight that failed on every
-    report; `before` of them ahead of this one, whose `metrics` are those of all ranks. At UNSCORED the stage stops:
-    UserError."""
-    judged_none = {r.log_label: r for r in work.stage.rewards if metrics[f"rewards/{r.log_label}/masked"] == 1}
+def lacking(stage: GrpoStage, metrics: Mapping[str, float]) -> str | None:
+    """What was wrong with a batch's scores, from its metrics; None where enough was scored to learn from."""
+    judged_none = {r.log_label: r for r in stage.rewards if metrics[f"rewards/{r.log_label}/masked"] == 1}
     failed = [label for label, r in judged_none.items() if r.weight and metrics[f"rewards/{label}/failed"]]
-    if "reward" in metrics and not failed:
+    if failed:
+        return f"{', '.join(failed)} failed on every report"
+    return None if "reward" in metrics else "no report could be scored"
+
+
+def without_scores(work: StageRun, metrics: dict[str, float], batch: int, before: int | None) -> int:
+    """How many batches in a row had no report that could be scored, or a reward of non-zero weight that failed on every
+    report; `before` of them ahead of this one, whose `metrics` are those of all ranks. None: as many as the log of the
+    starts before this one ends with. At UNSCORED the stage stops: UserError."""
+    if before is None:
+        logged = reversed(run_folder.read_metrics(work.folder)[:: work.stage.iterations])
+        before = sum(1 for _ in itertools.takewhile(lambda record: lacking(work.stage, record), logged))
+    what = lacking(work.stage, metrics)
+    if what is None:
         return 0
     failure = None
-    if before + 1 == UNSCORED and work.accelerator.is_main_process:
-        what = f"{', '.join(failed)} failed on every report" if failed else "no report could be scored"
+    if before + 1 >= UNSCORED and work.accelerator.is_main_process:
         failure = UserError(
             f"stage {work.stage.name}, batch {batch + 1}: {what}, {UNSCORED} batches in a row; what is learnt now is "
             f"not what was asked for. The reason stands above, and what rewards printed in {work.folder / 'workers'}; "
