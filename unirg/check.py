@@ -242,11 +242,10 @@ def check_trackers(recipe: Recipe) -> None:
 
 
 def check_engine(recipe: Recipe) -> None:
-    """vLLM is installed where a grpo stage's trainer needs it: for an engine of its own, or to prepare images for a
-    server's."""
+    """vLLM is installed where the trainer needs it: for an engine of its own, or to prepare images for a server's."""
     rollout = recipe.rollout
     needed = rollout.engine == "vllm" and (rollout.vllm.mode == "colocate" or recipe.prompt.images)
-    if needed and any(isinstance(stage, GrpoStage) for stage in recipe.stages) and find_spec("vllm") is None:
+    if needed and any(not isinstance(stage, VisionStage) for stage in recipe.stages) and find_spec("vllm") is None:
         raise UserError("rollout.engine: vllm is not installed; pip install 'unirg[vllm]', or set rollout.engine=hf")
 
 

@@ -206,10 +206,14 @@ def _evaluation_verbs(add: Add) -> None:
 
         stages = arguments.stages.split(",") if arguments.stages else None
         baseline = arguments.baseline
-        return evaluate(arguments.folder, arguments.split, stages=stages, baseline=baseline, as_json=arguments.json)
+        overrides, as_json = arguments.overrides, arguments.json
+        return evaluate(
+            arguments.folder, arguments.split, stages=stages, baseline=baseline, overrides=overrides, as_json=as_json
+        )
 
     parser = _verb(add, "evaluate", "greedy reports of a run's stages and every figure about them", evaluate)
     parser.add_argument("folder", type=Path, metavar="RUN")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as rollout.engine=hf")
     parser.add_argument("--split", metavar="NAME", help="default: the recipe's `evaluation.splits`")
     parser.add_argument("--stages", metavar="NAMES", help="comma list; default all that write reports")
     parser.add_argument("--baseline", metavar="STAGE", help="compare with this stage, study by study")

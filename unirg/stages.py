@@ -12,28 +12,29 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from unirg import checkpoint, ranks, signals, watchdog, zero3
 from unirg import run as run_folder
 from unirg.check import check, check_settings, check_shares, read_films
 from unirg.data import fingerprint, load_studies
-from unirg.distributed import distribute, filled, outline, whole
+from unirg.distributed import distribute, filled, outline
 from unirg.errors import UserError
+from unirg.evaluation.dev import dev_evaluation, dev_studies
+from unirg.evaluation.run import max_new_tokens, report_writer, stage_predictions
 from unirg.policy import Policy, blank_prompt, load_policy, vision_tower
 from unirg.process import end, hold, joined, see
 from unirg.prompt import build_messages, prompt_images, report_text
 from unirg.recipe.load import dump_recipe, load_recipe
 from unirg.recipe.schema import GrpoStage, Recipe, SftStage, StageConfig, VisionStage
-from unirg.rollout import generate_reports, open_sampler
+from unirg.rollout import Sampler, SamplingConfig, open_sampler
 from unirg.scoring.contract import RewardConfig
 from unirg.scoring.engine import ScoringEngine
 from unirg.scoring.registry import check_trainable
@@ -232,25 +233,30 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
             frozen = "fsdp2" if strategy == "zero3" else strategy
             distribute(reference.model, frozen, accelerator, half=half, trained=False)
         with ExitStack() as engines:  # their workers end with the stage
+            rewards = evaluate = None
+            if isinstance(stage, GrpoStage):
+                check_trainable(stage.rewards)
+                rewards = engines.enter_context(scoring_engine(work, stage.rewards, "rewards"))
+                if accelerator.is_main_process:
+                    run_folder.update_manifest(run, rewards={stage.name: rewards.identities()})
+            dev, metrics = dev_studies(work), recipe.evaluation.metrics
+            if dev or isinstance(stage, GrpoStage):
+                sampler = stage_sampler(work, dev)
+                engines.callback(sampler.close)
+            if dev:
+                scores = None
+                if metrics:
+                    scores = engines.enter_context(scoring_engine(work, metrics, "metrics", rewards))
+                evaluate = dev_evaluation(work, dev, sampler, scores)
             if isinstance(stage, SftStage):
                 from unirg.sft import run_sft
 
-                run_sft(work, dev_evaluation(work, engines))
+                run_sft(work, evaluate)
             else:
-                assert isinstance(stage, GrpoStage)
                 from unirg.grpo.loop import run_grpo
 
-                check_trainable(stage.rewards)
-                engine = engines.enter_context(scoring_engine(work, stage.rewards, "rewards"))
-                if accelerator.is_main_process:
-                    run_folder.update_manifest(run, rewards={stage.name: engine.identities()})
-                evaluate = dev_evaluation(work, engines, engine)
-                images = max(len(prompt_images(study, recipe.prompt)) for study in studies)
-                sampler = open_sampler(
-                    recipe.rollout, policy, stage.sampling, images=images, ranks=world, apart=stage.ahead
-                )
-                engines.callback(sampler.close)
-                run_grpo(work, sampler, engine, evaluate, reference)
+                assert rewards is not None
+                run_grpo(work, sampler, rewards, evaluate, reference)
     if unsharded is not None:
         full = filled(unsharded, policy.model, accelerator.is_main_process)
         policy = replace(policy, model=full, engine=None)
@@ -263,6 +269,24 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
     signals.at_once(True)  # they waited since the last step
     if recipe.trackers:
         accelerator.end_training()
+
+
+def stage_sampler(work: StageRun, dev: Sequence[Study]) -> Sampler:
+    """The recipe's engine for the stage's samples, and for its reports of the `dev` studies."""
+    stage, recipe = work.stage, work.recipe
+    sampling = SamplingConfig(max_new_tokens=max_new_tokens(recipe))
+    if isinstance(stage, GrpoStage):
+        longest = max(stage.sampling.max_new_tokens, sampling.max_new_tokens if dev else 0)
+        rows = max(stage.sampling.rows_per_forward, stage.group_size)  # a group is never parted
+        sampling = stage.sampling.model_copy(update={"max_new_tokens": longest, "rows_per_forward": rows})
+    return open_sampler(
+        recipe.rollout,
+        work.policy,
+        sampling,
+        images=max(len(prompt_images(study, recipe.prompt)) for study in (*work.studies, *dev)),
+        ranks=work.accelerator.num_processes,
+        apart=isinstance(stage, GrpoStage) and stage.ahead,
+    )
 
 
 def put_in_place(policy: Policy, final: Path) -> None:
@@ -282,14 +306,14 @@ def put_in_place(policy: Policy, final: Path) -> None:
 
 def write_reports(recipe: Recipe, run: Path, stage: str) -> None:
     """The finished stage's reports of the studies that the evaluation will read, if it is to be evaluated."""
-    from unirg.evaluation.run import load_stage_policy, stage_predictions
-
     wanted = recipe.evaluation.stages
     if not recipe.evaluation.splits or (wanted is not None and stage not in wanted):
         return
-    policy = load_stage_policy(recipe, run_folder.final_folder(run, stage))
-    for split in recipe.evaluation.splits:
-        stage_predictions(run, recipe, stage, split, load_studies(recipe.data, split), policy=policy)
+    splits = {split: load_studies(recipe.data, split) for split in recipe.evaluation.splits}
+    everyone = [study for studies in splits.values() for study in studies]
+    with report_writer(recipe, run_folder.final_folder(run, stage), everyone) as writer:
+        for split, studies in splits.items():
+            stage_predictions(run, recipe, stage, split, studies, writer=writer)
 
 
 def scoring_engine(
@@ -298,40 +322,6 @@ def scoring_engine(
     """This rank's supervised engine; what the rewards print goes to the stage's folder `workers/<kind>`."""
     rank = f"-rank{work.accelerator.process_index}" if work.accelerator.num_processes > 1 else ""
     return ScoringEngine(configs, supervised=True, logs=work.folder / "workers" / f"{kind}{rank}", beside=beside)
-
-
-def dev_evaluation(
-    work: StageRun, engines: ExitStack, rewards: ScoringEngine | None = None
-) -> Callable[[], dict[str, float]] | None:
-    """A function that writes greedy reports of dev studies with the policy as it stands and returns their figures; None
-    where the stage evaluates none. `engines` closes the metrics' engine, which uses the workers of `rewards`."""
-    from unirg.evaluation.evaluate import measure
-    from unirg.evaluation.run import max_new_tokens
-
-    config = work.recipe.evaluation
-    if not work.stage.evaluate_every:
-        return None
-    studies = load_studies(work.recipe.data, "dev")[: work.stage.evaluate_studies]
-    engine = None
-    if config.metrics:
-        engine = engines.enter_context(scoring_engine(work, config.metrics, "metrics", rewards))
-    limit = max_new_tokens(work.recipe)
-
-    def evaluate() -> dict[str, float]:
-        # Whole on all ranks from the first report to the last: they may need different numbers of batches.
-        with work.accelerator.autocast(), whole(work.policy.model, work.policy.engine), work.together("evaluation"):
-            reports = generate_reports(
-                work.policy, work.mine(studies), max_new_tokens=limit, batch_size=config.batch_size
-            )
-        texts = {report.id: report.text for report in reports}
-        if work.accelerator.num_processes > 1:
-            texts = {key: text for share in gather_object([texts]) for key, text in share.items()}
-        with work.together("evaluation"):
-            statistics = measure(studies, texts, engine).statistics
-        wanted = [config.headline, *[metric.log_label for metric in config.metrics], "length", "duplicates"]
-        return {name: statistics[name].value for name in dict.fromkeys(wanted) if name in statistics}
-
-    return evaluate
 
 
 def finish(recipe: Recipe, run: Path) -> None:

@@ -13,14 +13,16 @@ import torch
 from tests.invariant.test_trajectories import assert_same, command, environment, run_stages, start, trajectory, weights
 from unirg import run as run_folder
 from unirg.data import load_studies
+from unirg.evaluation.evaluate import measure
 from unirg.policy import load_policy
 from unirg.recipe.load import RecipeError, load_recipe
-from unirg.rollout import request_seed
+from unirg.rollout import generate_reports, request_seed
 from unirg.rollout.hf import HFSampler
 
 # A rate that does not depend on how many steps there are to come.
 RATE = ["stages.grpo.optimiser.schedule=constant", "stages.grpo.optimiser.warmup=0"]
-OPTIONS = ["stages.grpo.ahead=true", "stages.grpo.steps=6", *RATE]
+# Evaluations are made by the sampler too, in between: they take no batch under way for theirs.
+OPTIONS = ["stages.grpo.ahead=true", "stages.grpo.steps=6", "stages.grpo.evaluate_every=2", *RATE]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,16 @@ def test_every_batch_is_the_policy_of_one_update_earlier(ahead: Path, tmp_path: 
         record["sampling/sampling_logp_difference/max"] for record in trajectory(ahead) if record["stage"] == "grpo"
     ]
     assert gaps[0] < 1e-4 < min(gaps[1:])  # and the loss knows of it
+
+
+def test_evaluations_are_of_the_policy_as_it_stands(ahead: Path) -> None:
+    recipe = load_recipe(ahead / "recipe.yaml")
+    policy = load_policy(recipe.policy, recipe.prompt, folder=run_folder.final_folder(ahead, "grpo"))
+    studies = load_studies(recipe.data, "dev")
+    texts = {r.id: r.text for r in generate_reports(policy, studies, max_new_tokens=12)}
+    figures = {record["step"]: record for record in trajectory(ahead) if "eval/length" in record}
+    assert list(figures) == [2, 4, 6] and figures[4]["eval/length"] != figures[6]["eval/length"]
+    assert figures[6]["eval/length"] == pytest.approx(measure(studies, texts).statistics["length"].value)
 
 
 def test_killed_then_stopped_and_gone_on_to_the_last_bit(ahead: Path, tmp_path: Path) -> None:

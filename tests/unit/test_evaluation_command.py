@@ -4,6 +4,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,7 +61,7 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return [SimpleNamespace(id=s.id, text=text, truncated=False) for s, text in zip(studies, texts, strict=True)]
 
     monkeypatch.setattr(unirg.rollout, "generate_reports", generate)
-    monkeypatch.setattr(runs, "load_stage_policy", lambda recipe, folder: folder.parent.name)
+    monkeypatch.setattr(runs, "report_writer", lambda recipe, folder, _: nullcontext((folder.parent.name, None)))
     return calls
 
 

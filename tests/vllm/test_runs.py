@@ -1,5 +1,6 @@
-"""GRPO end to end on vLLM's rollouts: `unirg train` learns, on one rank and on two with sharded weights, colocated and
-from a server that hangs, is killed and comes back. The trajectory is the same each time."""
+"""SFT and GRPO end to end on vLLM: `unirg train` learns, on one rank and on two with sharded weights, colocated and
+from a server that hangs, is killed and comes back. The trajectory is the same each time, and vLLM writes what
+evaluations read."""
 
 import json
 import os
@@ -16,39 +17,49 @@ import yaml
 pytest.importorskip("vllm", reason="`make test-vllm` runs these where vLLM is installed")
 
 from tests.vllm.engines import VllmServer
+from unirg.data import load_studies
+from unirg.evaluation.evaluate import measure
+from unirg.evaluation.predictions import read_predictions
+from unirg.evaluation.run import load_run_recipe, report_writer
+from unirg.rollout import generate_reports
+from unirg.run import final_folder
 
 STEPS = 10
+SHORT = ("stages.grpo.steps=3", "stages.grpo.evaluate_every=3")
 SIZES = {"hidden": 64, "heads": 2, "layers": 2, "mlp": 96, "vision_hidden": 32, "vision_layers": 2}
 REWARD = '''
-def brief(candidates, references, **columns):
-    """The fewer letters the better."""
-    return [-len(candidate) / 50 for candidate in candidates]
+def varied(candidates, references, **columns):
+    """The more different letters the better."""
+    return [len(set(candidate)) / 10 for candidate in candidates]
 '''
 
 
 def write_recipe(folder: Path, **rollout: Any) -> Path:
-    (folder / "brief.py").write_text(REWARD)
+    (folder / "varied.py").write_text(REWARD)
+    sft = {"name": "sft", "kind": "sft", "steps": 12, "studies_per_step": 4, "evaluate_every": 6}
     stage = {
         "name": "grpo",
         "kind": "grpo",
         "steps": STEPS,
+        "evaluate_every": 5,
         "studies_per_step": 4,
         "group_size": 6,
         "checkpoint_every": 4,
         "sampling": {"max_new_tokens": 12},
         "optimiser": {"learning_rate": 4e-3, "schedule": "constant", "warmup": 0},
-        "rewards": [{"name": f"{folder / 'brief.py'}:brief"}],
+        "rewards": [{"name": f"{folder / 'varied.py'}:varied"}],
     }
     recipe = {
         "name": "vllm",
         "output": str(folder / "run"),
         "threads": 1,
-        "data": {"adapter": "phantom", "train": 12, "dev": 0, "test": 0, "unseen": 0, "size": 64},
+        "data": {"adapter": "phantom", "train": 12, "dev": 5, "test": 0, "unseen": 0, "size": 64},
         "prompt": {"style": "short"},
         "policy": {"tiny": {"vocabulary": 400, "image_size": 64, **SIZES}, "max_prompt_tokens": 100},
         "rollout": {"engine": "vllm", "vllm": rollout},
-        "stages": [stage],
-        "evaluation": {"splits": []},
+        "stages": [sft | {"optimiser": {"learning_rate": 4e-3}}, stage],
+        # Two batches on one of two ranks, one on the other.
+        "evaluation": {"splits": ["dev"], "batch_size": 2, "draws": 20},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -72,6 +83,23 @@ def finish(process: subprocess.Popen[str]) -> str:
 def metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / "run" / "stages" / "grpo" / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def same_evaluations_as_by_hugging_face(folder: Path) -> None:
+    """Asserts that each stage's greedy reports, and the figures of its last evaluation while it trained, are those that
+    the Hugging Face engine gives its final policy."""
+    run = folder / "run"
+    recipe = load_run_recipe(run, ["rollout.engine=hf"])
+    studies = load_studies(recipe.data, "dev")
+    for stage in ("sft", "grpo"):
+        with report_writer(recipe, final_folder(run, stage), studies) as (policy, sampler):
+            reports = generate_reports(policy, studies, max_new_tokens=12, sampler=sampler)
+        texts = {report.id: report.text for report in reports}
+        written = read_predictions(run / "predictions" / "dev" / f"{stage}.jsonl")
+        assert written.reports == texts and any(texts.values())
+        last = json.loads((run / "stages" / stage / "metrics.jsonl").read_text().splitlines()[-1])
+        for name in ("length", "positive_f1"):
+            assert last[f"eval/{name}"] == pytest.approx(measure(studies, texts).statistics[name].value)
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +132,20 @@ def test_it_learns_from_samples_whose_log_probs_are_the_trainers(colocated: Path
     assert (colocated / "run" / "stages" / "grpo" / "final" / "model.safetensors").exists()
 
 
+def test_evaluations_are_the_hugging_face_engines(colocated: Path) -> None:
+    same_evaluations_as_by_hugging_face(colocated)
+
+
 def test_two_ranks_with_sharded_weights_sample_the_same(colocated: Path, tmp_path: Path) -> None:
-    """An engine on each rank, filled from shards."""
+    """An engine on each rank, filled from shards; and then one on the first alone, for the evaluation."""
     write_recipe(tmp_path)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    finish(start(tmp_path, *torchrun, overrides=("distributed.strategy=fsdp2", "stages.grpo.steps=3")))
+    finish(start(tmp_path, *torchrun, overrides=("distributed.strategy=fsdp2", *SHORT)))
     for one, two in zip(metrics(colocated), metrics(tmp_path)):
         assert two["reward"] == pytest.approx(one["reward"], abs=1e-6)
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
         assert two["sampling/sampling_logp_difference/max"] < 1e-4
+    same_evaluations_as_by_hugging_face(tmp_path)
 
 
 def test_a_server_that_hangs_and_one_that_is_killed_lose_nothing(colocated: Path, tmp_path: Path) -> None:
@@ -144,6 +177,7 @@ def test_a_server_that_hangs_and_one_that_is_killed_lose_nothing(colocated: Path
     assert len(metrics(tmp_path)) == STEPS
     for one, two in zip(metrics(colocated), metrics(tmp_path)):
         assert two["reward"] == pytest.approx(one["reward"], abs=1e-6), one["step"]
+    same_evaluations_as_by_hugging_face(tmp_path)
 
 
 def test_one_step_ahead_of_a_server_that_is_killed(colocated: Path, tmp_path: Path) -> None:
@@ -167,3 +201,4 @@ def test_one_step_ahead_of_a_server_that_is_killed(colocated: Path, tmp_path: Pa
     gaps = [step["sampling/sampling_logp_difference/mean"] for step in steps]
     assert gaps[0] < 1e-4 < min(gaps[1:3]) and max(gaps) < 0.5
     assert sum(step["reward"] for step in steps[-3:]) > sum(step["reward"] for step in steps[:3])
+    same_evaluations_as_by_hugging_face(tmp_path)

@@ -27,15 +27,19 @@ def evaluate(
     *,
     stages: Sequence[str] | None = None,
     baseline: str | None = None,
+    overrides: Sequence[str] = (),
     as_json: bool = False,
 ) -> int:
     """Evaluate a run's stages on `split` (default: the recipe's `evaluation.splits`), print the tables or JSON.
+    `overrides` are of the recipe, such as servers that are elsewhere now.
 
     Also writes RUN/evaluation/<split>.json and RUN/report.html. With `as_json` one JSON object per split and line.
     """
-    for name in [split] if split else runs.load_run_recipe(run).evaluation.splits:
+    for name in [split] if split else runs.load_run_recipe(run, overrides).evaluation.splits:
         with _progress() as progress:
-            evaluation = runs.evaluate_run(run, name, stages=stages, baseline=baseline, progress=progress)
+            evaluation = runs.evaluate_run(
+                run, name, stages=stages, baseline=baseline, overrides=overrides, progress=progress
+            )
         if as_json:
             print(json.dumps(evaluation, ensure_ascii=False))
         else:
@@ -75,13 +79,14 @@ def generate(
     if not folder.exists():
         raise UserError(f"{folder}: no model folder there; is the stage finished?")
     studies = load_studies(recipe.data, split)
-    with _progress() as progress:
+    with _progress() as progress, runs.report_writer(recipe, folder, studies) as (policy, sampler):
         predictions = write_predictions(
             out,
-            runs.load_stage_policy(recipe, folder),
+            policy,
             studies,
             max_new_tokens=runs.max_new_tokens(recipe),
             batch_size=recipe.evaluation.batch_size,
+            sampler=sampler,
             temperature=temperature,
             seed=recipe.seed,
             progress=lambda done: progress("reports", done, len(studies)),

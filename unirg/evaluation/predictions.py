@@ -15,6 +15,7 @@ from unirg.study import Study
 
 if TYPE_CHECKING:
     from unirg.policy import Policy
+    from unirg.rollout import Sampler
 
 
 @dataclass
@@ -76,11 +77,13 @@ def write_predictions(
     *,
     max_new_tokens: int,
     batch_size: int,
+    sampler: "Sampler | None" = None,
     temperature: float = 0.0,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Predictions:
     """Writes a report for every study that `path` does not have yet, batch by batch; returns the whole file.
+    `sampler` is as in `generate_reports`.
 
     `progress` is called with the number of reports that the file has. Errors are those of `read_predictions` for a file
     that is already there, and the policy's own for a study that it cannot read.
@@ -99,6 +102,7 @@ def write_predictions(
                 batch,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
+                sampler=sampler,
                 temperature=temperature,
                 seed=seed,
             )

@@ -6,7 +6,8 @@ stage's final policy, and written there otherwise.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from unirg.errors import UserError
 from unirg.evaluation.arms import best_constants, evaluate_arms
 from unirg.evaluation.evaluate import Arm, EvaluationConfig
 from unirg.evaluation.predictions import Predictions, drop_cut_line, read_predictions, write_predictions
-from unirg.prompt import report_text
+from unirg.prompt import prompt_images, report_text
 from unirg.recipe.load import load_recipe
 from unirg.report import write_samples
 from unirg.run import final_folder, write_atomically
@@ -24,7 +25,10 @@ from unirg.study import Study
 if TYPE_CHECKING:
     from unirg.policy import Policy
     from unirg.recipe.schema import Recipe
+    from unirg.rollout import Sampler
 
+Writer = tuple["Policy", "Sampler"]
+"""A stage's policy, and the engine that writes its reports."""
 Progress = Callable[[str, int, int], None]
 """Called with what is being written ("greedy reports of sft"), how many are done, and how many there will be."""
 CONSTANTS = 20
@@ -33,12 +37,12 @@ CONSTANT_STUDIES = 300
 """and on how many dev studies."""
 
 
-def load_run_recipe(run: Path) -> "Recipe":
+def load_run_recipe(run: Path, overrides: Sequence[str] = ()) -> "Recipe":
     """The resolved recipe of a run folder. Raises UserError where the folder has none."""
     path = run / "recipe.yaml"
     if not path.exists():
         raise UserError(f"{run}: not a run folder (it has no recipe.yaml); expected the `output` of a training recipe")
-    return load_recipe(path)
+    return load_recipe(path, overrides)
 
 
 def evaluate_run(
@@ -47,14 +51,15 @@ def evaluate_run(
     *,
     stages: Sequence[str] | None = None,
     baseline: str | None = None,
+    overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluates a run's stages on a split, writes RUN/evaluation/<split>.json and RUN/samples, returns the evaluation.
 
-    `stages` and `baseline` default to the recipe's. Raises UserError for a stage that the run does not have or that is
-    not finished, and for an unknown split.
+    `stages` and `baseline` default to the recipe's, which `overrides` may say anew. Raises UserError for a stage that
+    the run does not have or that is not finished, and for an unknown split.
     """
-    recipe = load_run_recipe(run)
+    recipe = load_run_recipe(run, overrides)
     config = recipe.evaluation
     names = _stages(run, recipe, split, stages)
     if baseline is not None:
@@ -91,64 +96,79 @@ def stage_predictions(
     split: str,
     studies: Sequence[Study],
     *,
-    policy: "Policy | None" = None,
+    writer: Writer | None = None,
     progress: Progress | None = None,
 ) -> tuple[Predictions, Predictions | None]:
     """A stage's greedy reports for a split, and its sampled ones where the recipe wants them: those on disk where they
-    are newer than its policy, else written now, with `policy` or with the stage's own from its folder."""
+    are newer than its policy, else written now, by `writer` or by the stage's own from its folder."""
     folder = final_folder(run, stage)
     weights = sorted(folder.glob("*.safetensors"))
     wanted = [study.id for study in studies]
-    predictions: list[Predictions | None] = []
-    for kind in ("greedy", "sampled") if recipe.evaluation.sampled else ("greedy",):
-        path = run / "predictions" / split / f"{stage}{'.sampled' if kind == 'sampled' else ''}.jsonl"
-        if path.exists() and weights and path.stat().st_mtime < max(file.stat().st_mtime for file in weights):
-            path.unlink()  # reports of an earlier policy
-        if path.exists():
-            drop_cut_line(path)
-            found = _whole(path, set(wanted))
-            if found is not None:
-                predictions.append(found)
-                continue
-        if policy is None:
-            if not folder.exists():
-                raise UserError(
-                    f"{run}: stage '{stage}' has no {folder.relative_to(run)} to write the missing reports with"
-                )
-            policy = load_stage_policy(recipe, folder)  # one for both: it keeps the prompts that it has processed
-        report = (
-            (lambda done, kind=kind: progress(f"{kind} reports of {stage}", done, len(wanted))) if progress else None
-        )
-        predictions.append(
-            write_predictions(
-                path,
-                policy,
-                studies,
-                max_new_tokens=max_new_tokens(recipe),
-                batch_size=recipe.evaluation.batch_size,
-                temperature=1.0 if kind == "sampled" else 0.0,
-                seed=recipe.seed,
-                progress=report,
+    predictions: list[Predictions] = []
+    with ExitStack() as opened:
+        for kind in ("greedy", "sampled") if recipe.evaluation.sampled else ("greedy",):
+            path = run / "predictions" / split / f"{stage}{'.sampled' if kind == 'sampled' else ''}.jsonl"
+            if path.exists() and weights and path.stat().st_mtime < max(file.stat().st_mtime for file in weights):
+                path.unlink()  # reports of an earlier policy
+            if path.exists():
+                drop_cut_line(path)
+                found = _whole(path, set(wanted))
+                if found is not None:
+                    predictions.append(found)
+                    continue
+            if writer is None:  # one for both: it keeps the prompts that it has processed
+                if not folder.exists():
+                    raise UserError(
+                        f"{run}: stage '{stage}' has no {folder.relative_to(run)} to write the missing reports with"
+                    )
+                writer = opened.enter_context(report_writer(recipe, folder, studies))
+            policy, sampler = writer
+            report = (
+                (lambda done, kind=kind: progress(f"{kind} reports of {stage}", done, len(wanted)))
+                if progress
+                else None
             )
-        )
+            predictions.append(
+                write_predictions(
+                    path,
+                    policy,
+                    studies,
+                    max_new_tokens=max_new_tokens(recipe),
+                    batch_size=recipe.evaluation.batch_size,
+                    sampler=sampler,
+                    temperature=1.0 if kind == "sampled" else 0.0,
+                    seed=recipe.seed,
+                    progress=report,
+                )
+            )
     greedy, *sampled = predictions
-    assert greedy is not None
     return greedy, sampled[0] if sampled else None
 
 
-def load_stage_policy(recipe: "Recipe", folder: Path) -> "Policy":
-    """The policy of a Hugging Face model folder, in the recipe's prompt, on the accelerator where there is one; in
-    float32, adapters merged."""
+@contextmanager
+def report_writer(recipe: "Recipe", folder: Path, studies: Sequence[Study]) -> Iterator[Writer]:
+    """The policy of a Hugging Face model folder, in the recipe's prompt, adapters merged, and the recipe's engine with
+    its weights, for reports on `studies`. The Hugging Face engine writes in float32, on the accelerator where there is
+    one; vLLM in `policy.dtype`, and there the policy stays on the CPU."""
     import torch
 
     from unirg.policy import load_policy
+    from unirg.rollout import SamplingConfig, open_sampler
 
     policy = load_policy(
         recipe.policy.model_copy(update={"lora": None}), recipe.prompt, folder=folder, seed=recipe.seed
     )
-    if torch.cuda.is_available():
+    rollout = recipe.rollout
+    if rollout.engine == "hf" and torch.cuda.is_available():
         policy.model.to("cuda")
-    return policy
+    if rollout.engine == "vllm":  # nothing is trained between its batches
+        rollout = rollout.model_copy(update={"vllm": rollout.vllm.model_copy(update={"sleep": False})})
+    images = max((len(prompt_images(study, recipe.prompt)) for study in studies), default=0)
+    sampler = open_sampler(rollout, policy, SamplingConfig(max_new_tokens=max_new_tokens(recipe)), images=images)
+    try:
+        yield policy, sampler
+    finally:
+        sampler.close()
 
 
 def max_new_tokens(recipe: "Recipe") -> int:

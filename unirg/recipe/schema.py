@@ -242,7 +242,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _servers_serve_one_stage(self) -> "Recipe":
         served = self.rollout.engine == "vllm" and self.rollout.vllm.mode == "server"
-        if served and self.jobs > 1 and sum(isinstance(stage, GrpoStage) for stage in self.stages) > 1:
+        # Its samples, its evaluations, or the reports that it leaves.
+        if served and self.jobs > 1 and sum(not isinstance(stage, VisionStage) for stage in self.stages) > 1:
             raise ValueError("rollout.vllm.servers have the weights of one stage at a time: set jobs to 1")
         return self
 

@@ -71,11 +71,11 @@ class VllmConfig(Section):
 
 
 class RolloutConfig(Section):
-    """The engine that samples reports in training. Evaluations use the Hugging Face engine whatever stands here."""
+    """The engine that writes reports: samples in training, and those of evaluations."""
 
     engine: Literal["hf", "vllm"] = "hf"
-    """`hf`: the policy's own model; `vllm`: vLLM, which is faster for large models and gets the weights at every
-    step."""
+    """`hf`: the policy's own model; `vllm`: vLLM, which is faster for large models and gets the weights at every step
+    and evaluation."""
     vllm: VllmConfig = VllmConfig()
     """What `engine: vllm` needs."""
 
@@ -154,8 +154,9 @@ def open_sampler(
     ranks: int = 1,
     apart: bool = False,
 ) -> Sampler:
-    """The engine that `config` asks for, at work on `policy` until it is closed. `images` is the most that a prompt
-    holds, `ranks` how many processes open an engine. `apart`: it samples while the policy is trained.
+    """The engine that `config` asks for, at work on `policy` until it is closed. It is asked for no longer reports than
+    `sampling` says. `images` is the most that a prompt holds, `ranks` how many processes open an engine. `apart`: it
+    samples while the policy is trained.
 
     Raises UserError where the engine is not installed.
     """
@@ -186,15 +187,18 @@ def generate_reports(
     studies: Sequence[Study],
     *,
     max_new_tokens: int,
+    sampler: Sampler | None = None,
     batch_size: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[GeneratedReport]:
-    """One report per study, in order: greedy at temperature 0. `progress` is called with the number done so far."""
-    from unirg.rollout.hf import HFSampler
+    """One report per study, in order: greedy at temperature 0. `sampler` has the weights of `policy`; without one the
+    Hugging Face engine writes. `progress` is called with the number done so far."""
+    if sampler is None:
+        from unirg.rollout.hf import HFSampler
 
-    sampler = HFSampler(policy)
+        sampler = HFSampler(policy)
     reports: list[GeneratedReport] = []
     for first in range(0, len(studies), batch_size):
         batch = studies[first : first + batch_size]

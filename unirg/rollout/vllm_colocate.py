@@ -5,6 +5,7 @@ colocate mode is not used: it waits for the whole batch, sends a request per rep
 leaves no say over precision (vLLM turns float32 into bfloat16 by itself).
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -146,12 +147,16 @@ class ColocatedSampler:
 
     def close(self) -> None:
         """Ends the engine, and torch.distributed where the engine began it."""
-        from vllm.distributed.parallel_state import destroy_model_parallel
+        from vllm.distributed import parallel_state
 
         core = self.engine.engine_core
         if self.brought_up_torch:
             core.shutdown()
-        else:  # its own end would end the trainer's process group as well
+        else:  # its own end, now or when it is collected, would end the trainer's process group as well
+            core._finalizer.detach()
             core.engine_core.model_executor.shutdown()
-            destroy_model_parallel()
+            core.engine_core.scheduler.shutdown()
+            gc.unfreeze()
+            parallel_state.destroy_model_parallel()
+            parallel_state._WORLD = None  # the next engine may be one process's alone
         del self.engine
