@@ -171,6 +171,7 @@ def pixels(study: Study, prompt: PromptConfig) -> int:
     """Pixels of the prompt's image files, from their headers; drawn films are all of one size and count 1. Raises
     UserError where a file has none."""
     total = 0
+    watchdog.goes_on()  # where files are many and far away this takes its time
     for image in prompt_images(study, prompt):
         if isinstance(image.source, Path):
             try:

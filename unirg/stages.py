@@ -188,7 +188,7 @@ def initial_policy(recipe: Recipe, folder: Path | None, studies: Sequence[Study]
 
 def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
     """One stage, from its checkpoint if it has one, to its final model folder. All ranks call it."""
-    watchdog.comes_to("loading", step=f"the start of stage {stage.name}")
+    watchdog.comes_to("start", step=f"the start of stage {stage.name}")
     torch.set_num_threads(recipe.threads or max(1, THREADS // beside(recipe, stage)))
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.policy.dtype == "bfloat16" else "no",
@@ -201,14 +201,16 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
     if recipe.trackers:
         accelerator.init_trackers(recipe.name, init_kwargs={"wandb": {"name": f"{recipe.name}-{stage.name}"}})
     config = stage.data or recipe.data
-    studies = load_studies(config, "train")
-    start = start_folder(recipe, run, stage)
-    # The tokenizer is trained on the recipe's own training texts, whatever the first stage reads.
-    corpus = studies if start or config == recipe.data else load_studies(recipe.data, "train")
-    policy = initial_policy(recipe, start, corpus)
+    with together("loading", f"stage {stage.name}"):  # a model or a folder may be missing on one host alone
+        if accelerator.is_main_process:
+            held = hold(run_folder.stage_folder(run, stage.name))  # noqa: F841 - released when the stage ends
+        studies = load_studies(config, "train")
+        start = start_folder(recipe, run, stage)
+        # The tokenizer is trained on the recipe's own training texts, whatever the first stage reads.
+        corpus = studies if start or config == recipe.data else load_studies(recipe.data, "train")
+        policy = initial_policy(recipe, start, corpus)
     work = StageRun(recipe, stage, run, accelerator, policy, studies)
     if accelerator.is_main_process:
-        held = hold(work.folder)  # noqa: F841 - closed, and so released, when the stage ends
         run_folder.update_manifest(run, seed=recipe.seed, data={stage.name: fingerprint(studies)}, world_size=world)
         what = f"{type(stage).__name__.removesuffix('Stage').lower()}, {stage.steps} steps"
         console.print(f"[bold]{stage.name}[/bold]  {what}, from {recipe.start_of(stage)}", highlight=False)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from unirg.errors import UserError
-from unirg.grpo.monitors import Limits, MonitorConfig, agreement, crossed, monitors, sample_metrics
+from unirg.grpo.monitors import Limits, MonitorConfig, agreement, crossed, monitors, sample_metrics, signs
 from unirg.recipe.schema import GrpoStage
 from unirg.study import Study
 
@@ -15,7 +15,7 @@ ILL, NORMAL = "Small left effusion. No pneumothorax.", "No effusion."
 
 
 def test_metrics_of_a_batch():
-    metrics = sample_metrics([[ILL, ILL, NORMAL, ""], [NORMAL] * 4], [ILL, NORMAL], first_words=1.0)
+    metrics = sample_metrics([signs([ILL, ILL, NORMAL, ""], ILL), signs([NORMAL] * 4, NORMAL)], first_words=1.0)
     assert metrics == {
         "monitor/unique_outputs": pytest.approx((3 / 4 + 1 / 4) / 2),
         "monitor/all_normal": 6 / 8,
@@ -24,7 +24,7 @@ def test_metrics_of_a_batch():
         "monitor/entities": (2 + 2 + 1 + 0 + 4) / 8,
         "monitor/length_drift": (5 + 5 + 2 + 0 + 8) / 8,
     }
-    assert "monitor/length_drift" not in sample_metrics([[ILL]], [ILL])
+    assert "monitor/length_drift" not in sample_metrics([signs([ILL], ILL)])
 
 
 def test_agreement_is_within_studies():

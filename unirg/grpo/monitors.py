@@ -6,7 +6,7 @@ statements, and a reward that no longer goes with a metric it does not contain, 
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field
 
@@ -44,23 +44,40 @@ class MonitorConfig(Section):
     """Crossing one of these ends the run with a message; checkpoints stay."""
 
 
-def sample_metrics(
-    reports: Sequence[Sequence[str]], references: Sequence[str], first_words: float | None = None
-) -> dict[str, float]:
-    """What one batch of samples looks like: `reports` of S studies, G each, and the studies' S own reports.
+class Signs(NamedTuple):
+    """What is counted in one study's reports: which affirm nothing, words, distinct findings; and in its own report."""
 
-    `first_words` is `monitor/words` of the stage's first batch; without it there is no drift. Both lists must hold at
-    least one study with a report.
+    distinct: int
+    normal: list[bool]
+    words: list[int]
+    entities: list[int]
+    reference_normal: bool
+
+
+def signs(reports: Sequence[str], reference: str) -> Signs:
+    """The signs of a study's reports beside its own report, `reference`: half a millisecond a report."""
+    return Signs(
+        distinct=len(set(reports)),
+        normal=[is_normal(text) for text in reports],
+        words=[len(text.split()) for text in reports],
+        entities=[len({(mention.finding, mention.polarity) for mention in extract(text)}) for text in reports],
+        reference_normal=is_normal(reference),
+    )
+
+
+def sample_metrics(studies: Sequence[Signs], first_words: float | None = None) -> dict[str, float]:
+    """What one batch of samples looks like, from the signs of its studies, of which there is at least one.
+
+    `first_words` is `monitor/words` of the stage's first batch; without it there is no drift.
     """
-    texts = [text for group in reports for text in group]
-    normal = fmean(is_normal(text) for text in texts)
-    words = fmean(len(text.split()) for text in texts)
+    normal = fmean(each for study in studies for each in study.normal)
+    words = fmean(each for study in studies for each in study.words)
     metrics = {
-        "unique_outputs": fmean(len(set(group)) / len(group) for group in reports),
+        "unique_outputs": fmean(study.distinct / len(study.words) for study in studies),
         "all_normal": normal,
-        "normal_excess": normal - fmean(is_normal(text) for text in references),
+        "normal_excess": normal - fmean(study.reference_normal for study in studies),
         "words": words,
-        "entities": fmean(len({(mention.finding, mention.polarity) for mention in extract(text)}) for text in texts),
+        "entities": fmean(each for study in studies for each in study.entities),
     }
     if first_words:
         metrics["length_drift"] = words / first_words
@@ -114,12 +131,12 @@ def monitors(work: "StageRun") -> "Callable[[Sequence[Group], int], dict[str, fl
         if batch and not started:
             started.extend(record["monitor/words"] for record in run_folder.read_metrics(work.folder)[:1])
         shares = [
-            ([s.text for s in group.samples], report_text(group.study), group.rewards, group.scores, started[:1])
+            (signs([s.text for s in group.samples], report_text(group.study)), group.rewards, group.scores, started[:1])
             for group in groups
         ]
         # Of all ranks, and all of it: they must come to the same verdict, or one would wait for the others for ever.
-        reports, references, rewards, scores, known = zip(*work.everyones(shares), strict=True)
-        metrics = sample_metrics(reports, references, next((words for found in known for words in found), None))
+        counted, rewards, scores, known = zip(*work.everyones(shares), strict=True)
+        metrics = sample_metrics(counted, next((words for found in known for words in found), None))
         if not batch:
             started[:] = [metrics["monitor/words"]]
         for label in held_out:
