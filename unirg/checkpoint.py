@@ -12,11 +12,12 @@ or without sharding. All ranks must see the folder. Every random choice of a sta
 rank), and so do data order and learning rate: the step's number stands for them all.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,12 @@ def save(
     state: Mapping[str, Any],
     *,
     keep: int = 2,
+    needed: Collection[int] = (),
 ) -> None:
     """A checkpoint after `step` steps, as folder/step-000050, moved into place when it is on disk; `latest` names it.
 
-    All ranks call it; `state` (JSON) is the first rank's. The last `keep` stay. Raises NotSaved, on all ranks, where
-    any cannot write.
+    All ranks call it; `state` (JSON) is the first rank's. The last `keep` stay, and those of the steps `needed`. Raises
+    NotSaved, on all ranks, where any cannot write.
     """
     part, whole = folder / f".{name_of(step)}.part", folder / name_of(step)
     if ranks.rank() == 0:
@@ -72,7 +74,7 @@ def save(
         if failure:
             shutil.rmtree(part, ignore_errors=True)
         else:
-            _prune(folder, step, keep)
+            _prune(folder, step, keep, {name_of(other) for other in needed})
     _agree(failure if ranks.rank() == 0 else None)
 
 
@@ -117,6 +119,15 @@ def clear(folder: Path) -> None:
     for old in (*folder.glob("step-*"), *folder.glob(".*.part"), folder / "best"):
         shutil.rmtree(old, ignore_errors=True)
     (folder / "latest").unlink(missing_ok=True)
+
+
+def best_steps(folder: Path) -> set[int]:
+    """The steps whose policies a folder's checkpoints name as their best so far; one that is damaged names none."""
+    found = set()
+    for path in folder.glob("step-*/state.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found.add(json.loads(path.read_bytes())["best_step"])
+    return found - {None}
 
 
 def name_of(step: int) -> str:
@@ -209,11 +220,12 @@ def _put_in_place(part: Path, whole: Path, state: Mapping[str, Any], files: File
     write_atomically(whole.parent / "latest", whole.name + "\n")
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
+def _prune(folder: Path, step: int, keep: int, needed: Collection[str]) -> None:
     # Later ones are of a run that was killed and now repeats itself: the one just written must outlast them.
     past = sorted(path for path in folder.glob("step-*") if path.name <= name_of(step))
     for old in past[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name not in needed:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _candidates(folder: Path) -> list[str]:

@@ -195,7 +195,10 @@ class Steps:
         step = self.state["step"]
         try:
             with self.work.uninterrupted("checkpoint"):
-                checkpoint.save(self.work.folder / "best", step, self.weights, None, {"best": figure})
+                folder = self.work.folder
+                # A run that goes on from a checkpoint ends with the best that this names, if it finds none better.
+                needed = checkpoint.best_steps(folder)
+                checkpoint.save(folder / "best", step, self.weights, None, {"best": figure}, needed=needed)
                 self.state |= {"best": figure, "best_step": step}
         except checkpoint.NotSaved as error:  # to go on would lose it
             stage = self.work.stage.name
