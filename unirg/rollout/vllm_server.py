@@ -138,8 +138,8 @@ class ServerSampler:
                 raise UserError(f"{server.url}: its {name} is {its}, and the run needs {value}; start it anew")
         if what["max_model_len"] < self.tokens:
             raise UserError(
-                f"{server.url}: takes {what['max_model_len']} tokens, and policy.max_prompt_tokens with "
-                f"sampling.max_new_tokens are {self.tokens}; start it with --max-model-len {self.tokens}"
+                f"{server.url}: takes {what['max_model_len']} tokens, and policy.max_prompt_tokens with the longest "
+                f"report that the recipe asks for are {self.tokens}; start it with --max-model-len {self.tokens}"
             )
 
     def _stream(self, lacking: dict[Server, int], weights: Iterator[tuple[str, torch.Tensor]]) -> None:
