@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 
 import unirg.rollout
+from unirg.cli import main
 from unirg.errors import UserError
 from unirg.evaluation import command
 from unirg.evaluation import run as runs
@@ -79,6 +80,13 @@ def test_evaluate_writes_reports_figures_samples_and_page(
     assert (run / "predictions" / "test" / "more.sampled.jsonl").exists()
     page = (run / "report.html").read_text()
     assert DRAWN_FILMS in page and "data:image/png;base64," in page
+
+
+def test_the_recipe_can_be_overridden(run: Path, generated: list[str]) -> None:
+    """And is not written anew: where its servers are now is nothing that a later run should find in it."""
+    before = (run / "recipe.yaml").read_text()
+    assert main(["evaluate", str(run), "--stages", "more", "evaluation.sampled=false"]) == 0
+    assert generated == ["more 0"] and (run / "recipe.yaml").read_text() == before
 
 
 def test_reports_on_disk_are_used_again_unless_the_policy_is_newer(run: Path, generated: list[str]) -> None:

@@ -40,7 +40,8 @@ def require_vllm() -> None:
     try:
         import vllm  # noqa: F401
     except ImportError as error:
-        raise UserError(f"rollout.engine: vllm cannot be used ({error}); pip install 'unirg[vllm]'") from error
+        how = "pip install 'unirg[vllm]', or set rollout.engine=hf"
+        raise UserError(f"rollout.engine: vllm cannot be used ({error}); {how}") from error
 
 
 def vllm_version() -> str:
