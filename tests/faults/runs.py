@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests import runs
+from tests.runs import STAGES, environment, trajectory
 from unirg import run as run_folder
-from unirg.recipe.load import dump_recipe, load_recipe
-
-STAGES = ("vision", "sft", "grpo")
 
 RECIPE = """
 name: faults
@@ -71,20 +70,7 @@ def closeness(candidates, references, **columns):
 
 def prepare(folder: Path, name: str, *overrides: str) -> Path:
     """A run folder with a resolved recipe, ready for its stages."""
-    (folder / "tests_reward.py").write_text(REWARD)
-    (folder / f"{name}.yaml").write_text(RECIPE.format(output=folder / name))
-    recipe = load_recipe(folder / f"{name}.yaml", list(overrides))
-    run_folder.open_run(Path(recipe.output), dump_recipe(recipe))
-    return Path(recipe.output)
-
-
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"} | more
-
-
-def trajectory(run: Path) -> list[dict[str, Any]]:
-    records = [r for stage in STAGES for r in run_folder.read_metrics(run / "stages" / stage)]
-    return [{k: v for k, v in record.items() if not k.startswith("time")} for record in records]
+    return runs.prepare(folder, name, RECIPE, REWARD, *overrides)
 
 
 def digests(run: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ OPTIONS = (
     "stages.sft.evaluate_every=null",
     "stages.sft.checkpoint_every=2",
     "stages.sft.studies_per_forward=1",
-    "distributed.timeout=6",
+    "distributed.timeout=20",  # the loading, too, is watched: on busy cores it took more than six seconds
 )
 
 

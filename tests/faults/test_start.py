@@ -61,7 +61,7 @@ def test_broken_films_of_both_ranks_shares(tmp_path: Path) -> None:
 
 def test_a_rank_that_stalls_in_the_check(tmp_path: Path) -> None:
     """A film that never ends, as on a file system that hangs: the rank that reads it is named."""
-    run, command = write(tmp_path, distributed={"timeout": 5})
+    run, command = write(tmp_path, distributed={"timeout": 20})
     (tmp_path / "3.png").unlink()
     os.mkfifo(tmp_path / "3.png")
     with job(run, command=command) as stalled:

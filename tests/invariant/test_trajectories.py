@@ -2,7 +2,6 @@
 inline, straight through or killed and resumed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.runs import STAGES, environment, prepare, trajectory
 from tests.served import Served, free_port
 from unirg import run as run_folder
-from unirg.recipe.load import dump_recipe, load_recipe
 
 RECIPE = """
 name: small
@@ -59,25 +58,14 @@ def closeness(candidates, references, **columns):
 '''
 
 
-STAGES = ("vision", "sft", "grpo")
-
-
 def start(folder: Path, name: str, *overrides: str) -> Path:
     """A run folder with a resolved recipe, ready for its stages."""
-    (folder / "tests_reward.py").write_text(REWARD)
-    (folder / f"{name}.yaml").write_text(RECIPE.format(output=folder / name))
-    recipe = load_recipe(folder / f"{name}.yaml", list(overrides))
-    run_folder.open_run(Path(recipe.output), dump_recipe(recipe))
-    return Path(recipe.output)
+    return prepare(folder, name, RECIPE, REWARD, *overrides)
 
 
 def command(run: Path, ranks: int = 1) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return [sys.executable, *launch, "-m", "unirg.stages", str(run), *STAGES]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def run_stages(run: Path, *, ranks: int = 1) -> str:
@@ -86,11 +74,6 @@ def run_stages(run: Path, *, ranks: int = 1) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def trajectory(run: Path) -> list[dict[str, float]]:
-    records = [r for stage in STAGES for r in run_folder.read_metrics(run / "stages" / stage)]
-    return [{k: v for k, v in record.items() if not k.startswith("time")} for record in records]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

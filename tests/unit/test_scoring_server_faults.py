@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.served import free_port, serve
-from tests.unit.test_scoring_workers import alive, children
+from tests.unit.test_scoring_workers import FAULTY, alive, children
 from unirg.scoring import client, server
 from unirg.scoring.contract import RewardConfig, RewardError, ScoreBatch
 from unirg.scoring.engine import ScoringEngine
@@ -19,38 +19,17 @@ from unirg.scoring.serve import served
 from unirg.scoring.server import ScoringServer
 from unirg.scoring.wire import TOKEN
 
-FILE = '''
-import os, time
-
-FOLDER = os.path.dirname(__file__)
-
-def mark(name):
-    """Whether this is the first call under that name in any process."""
-    try:
-        os.close(os.open(os.path.join(FOLDER, name), os.O_CREAT | os.O_EXCL))
-        return True
-    except FileExistsError:
-        return False
-
-def length(candidates, references, **columns):
-    return [float(len(text)) for text in candidates]
-
-def raises(candidates, references, **columns):
-    raise KeyError("thing")
-
+FILE = (
+    FAULTY
+    + """
 def dies(candidates, references, **columns):
     os._exit(3)
-
-def dies_once(candidates, references, **columns):
-    if mark("died"):
-        os._exit(9)
-    return length(candidates, references)
 
 def hangs(candidates, references, **columns):
     time.sleep(1000)
 
 def hangs_once(candidates, references, **columns):
-    if mark("hung"):
+    if first_time("hung"):
         time.sleep(1000)
     return length(candidates, references)
 
@@ -59,7 +38,7 @@ def slow(candidates, references, **columns):
     return length(candidates, references)
 
 def waits(candidates, references, **columns):
-    mark("at-" + candidates[0])
+    first_time("at-" + candidates[0])
     while not os.path.exists(os.path.join(FOLDER, "go")):
         time.sleep(0.01)
     return length(candidates, references)
@@ -69,7 +48,8 @@ class Versioned:
 
     def score(self, candidates, references, **columns):
         return length(candidates, references)
-'''
+"""
+)
 BATCH = ScoreBatch(["aa", "b"], ["r"] * 2, {"study_id": ["1", "2"]})
 
 

@@ -16,7 +16,7 @@ from unirg.scoring.contract import RewardConfig, RewardError, ScoreBatch
 from unirg.scoring.engine import ScoringEngine, place
 from unirg.scoring.worker import KEPT
 
-FILE = '''
+FAULTY = '''
 import ctypes, os, subprocess, sys, time
 
 FOLDER = os.path.dirname(__file__)
@@ -32,11 +32,21 @@ def first_time(name):
 def length(candidates, references, **columns):
     return [float(len(text)) for text in candidates]
 
-def process(candidates, references, **columns):
-    return [float(os.getpid())] * len(candidates)
-
 def raises(candidates, references, **columns):
     raise KeyError("thing")
+
+def dies_once(candidates, references, **columns):
+    if first_time("died"):
+        os._exit(9)
+    return length(candidates, references)
+'''
+"""Rewards that fail, and what they need."""
+
+FILE = (
+    FAULTY
+    + """
+def process(candidates, references, **columns):
+    return [float(os.getpid())] * len(candidates)
 
 def leaves(candidates, references, **columns):
     sys.exit("no more of this")
@@ -62,11 +72,6 @@ def strings(candidates, references, **columns):
 
 def too_few(candidates, references, **columns):
     return [1.0]
-
-def dies_once(candidates, references, **columns):
-    if first_time("died"):
-        os._exit(9)
-    return length(candidates, references)
 
 def dies_of_b(candidates, references, **columns):
     if "b" in candidates:
@@ -104,7 +109,8 @@ class Model:
         if "die" in candidates and self.label == "a" and first_time("model"):
             os._exit(5)
         return [self.identity["process"] * 1.0] * len(candidates)
-'''
+"""
+)
 
 BATCH = ScoreBatch(["aa", "b", "aa"], ["r"] * 3, {"study_id": ["1", "1", "1"]})
 
