@@ -74,7 +74,7 @@ def _train(resolved: Recipe, run: Path, held: ExitStack) -> None:
     main = ranks.rank() == 0
     # As the first rank sees it: a network file system may show others what was there a while ago.
     waiting = ranks.everyones([s.name for s in resolved.stages if not run_folder.final_folder(run, s.name).exists()])[0]
-    with signals.going_on("from its start" if len(waiting) == len(resolved.stages) else "from the last checkpoint"):
+    with signals.going_on("from the last checkpoint" if run.exists() else "from its start"):
         # A recipe that is put right after this must find no folder of its broken self.
         with together("the check of the recipe", str(run)):
             if resolved.distributed.strategy == "zero3" and ranks.world() > 1:
