@@ -183,7 +183,7 @@ def assumptions(recipe: Recipe, device: Machine, lengths: Lengths, nodes: int, w
         said.append("one step ahead, the policy and its copy that samples take turns on one device: no time is saved")
     said += [
         "rewards and metrics: "
-        + ", ".join(f"{name} {value:.3g}" for name, value in REWARD_SECONDS.items())
+        + ", ".join(f"{name} {value:.2g}" for name, value in REWARD_SECONDS.items())
         + " CPU seconds a report (benchmarks/README.md) where not given, on whatever device the recipe puts them; a "
         "worker for each on every rank, those of servers too",
         f"checkpoints go to disk at {device.disk / 1e9:.3g} GB/s, all ranks together; the best policy is written at "

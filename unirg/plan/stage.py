@@ -14,9 +14,9 @@ from unirg.plan.policy import Lengths
 from unirg.recipe.schema import GrpoStage, Recipe, StageConfig, VisionStage
 from unirg.scoring.contract import RewardConfig
 
-REWARD_SECONDS = {"radgraph_f1": 0.0567, "r1": 0.0567}
-"""CPU seconds for one report, on one thread, of rewards that `benchmarks/README.md` has measured (RadGraph in float32
-with random weights, which is most of R1 too)."""
+REWARD_SECONDS = {"radgraph_f1": 0.055, "r1": 0.055, "radcliq": 0.055, "ratescore": 0.028}
+"""CPU seconds for one report, its reference included, on one thread, as `benchmarks/README.md` has measured them with
+random weights of the official sizes in float32: 28.15 s and 14.3 s for 512. RadGraph is most of R1 and of RadCliQ."""
 Seconds = dict[str, Any]
 """A phase: seconds and what bounds it, tokens, FLOPs."""
 VLLM_ROWS = 256
@@ -47,8 +47,10 @@ def plan_stage(
     together = stage.iterations if isinstance(stage, GrpoStage) else 1
     phases: dict[str, Seconds] = {}
     if lengths.reading is not None:
-        read = stage.studies_per_step / world * _read_anew(stage, lengths, world) / together
-        phases["reading studies"] = _phase(lengths.reading * read, "one CPU core")
+        reads = stage.steps * stage.studies_per_step / world / together
+        if lengths.kept is not None:  # a rank reads each once, at most
+            reads = min(reads, lengths.kept)
+        phases["reading studies"] = _phase(lengths.reading * reads / stage.steps, "one CPU core")
     if cost.sampling is not None:
         for name, one in _writing(recipe, weights, cost.sampling, machine, nodes, world, sampling_gpus).items():
             phases[name] = one | {key: one[key] / together for key in ("seconds", "tokens", "flops")}
@@ -98,13 +100,6 @@ def plan_stage(
 
 def _phase(seconds: float, bound: str, tokens: float = 0.0, flops: float = 0.0) -> Seconds:
     return {"seconds": seconds, "bound": bound, "tokens": tokens, "flops": flops}
-
-
-def _read_anew(stage: StageConfig, lengths: Lengths, world: int) -> float:
-    """The share of studies that is read anew: each rank keeps what it has read, where all of them fit."""
-    if lengths.kept is None:
-        return 1.0
-    return min(1.0, world * lengths.kept / (stage.steps * stage.studies_per_step))
 
 
 def _beside(
