@@ -10,7 +10,7 @@ OPENI := $(or $(UNIRG_OPENI),$(CURDIR)/.cache/openi)
 .PHONY: help install demo demo-seeds demo-openi test test-parity test-faults test-multinode test-vllm test-zero3 check openi clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
 
 install: $(INSTALLED) ## .venv with everything, CPU builds where there are any
 
