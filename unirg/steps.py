@@ -36,8 +36,8 @@ def build_optimiser(config: OptimiserConfig, named: Iterable[tuple[str, torch.nn
     """AdamW over trainable parameters; weight decay on matrices only."""
     trainable = [p for _, p in named if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if zero3.dimensions(p) >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if zero3.dimensions(p) < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

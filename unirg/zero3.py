@@ -27,12 +27,15 @@ def require() -> None:
     # New names for what the DeepSpeed that we take knows by the old ones.
     warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+_tensor. is deprecated", FutureWarning)
     try:
-        import deepspeed  # noqa: F401
+        import deepspeed.ops
     except ImportError as error:
         raise UserError(
             f"distributed.strategy: zero3 needs DeepSpeed ({error}); pip install 'unirg[zero3]', "
             "or take fsdp2, which shards the same"
         ) from error
+    if not torch.cuda.is_available():
+        # Sums over ranks that inference alone makes: compiled for minutes, under a lock that a kill leaves behind.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def partition(module: nn.Module, device: torch.device) -> None:
@@ -65,8 +68,16 @@ def engine(module: nn.Module, optimiser: torch.optim.Optimizer, max_grad_norm: f
     return made
 
 
+def end(engine: Any) -> None:
+    """Takes DeepSpeed's hooks off the module, whose parameters stay apart, and has it hold the module no longer."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    engine.destroy()
+    FWD_MODULE_STACK.remove(engine.module)  # it would have all stages' weights and moments to the end of the process
+
+
 def _config(module: nn.Module) -> dict[str, Any]:
-    vectors = [_numel(parameter) for parameter in module.parameters() if _dimensions(parameter) < 2]
+    vectors = [_numel(parameter) for parameter in module.parameters() if dimensions(parameter) < 2]
     return {
         "train_micro_batch_size_per_gpu": 1,  # it asks, and counts samples by it; nothing here reads the count
         "gradient_accumulation_steps": 1,
@@ -84,7 +95,8 @@ def _numel(parameter: Any) -> int:
     return int(parameter.ds_numel) if is_apart(parameter) else parameter.numel()
 
 
-def _dimensions(parameter: Any) -> int:
+def dimensions(parameter: Any) -> int:
+    """How many dimensions a parameter has, apart (when it is an empty vector) or not."""
     return len(parameter.ds_shape) if is_apart(parameter) else parameter.dim()
 
 
@@ -133,12 +145,15 @@ def norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
 
 
 def put_weight(parameter: Any, value: torch.Tensor) -> None:
-    """Sets a parameter that is apart to `value`, whole, on all ranks. Collective."""
+    """Sets a parameter that is apart to `value`, whole, on all ranks; and the optimiser's copy of it, which the next
+    step would put back. Collective."""
     import deepspeed
+    from deepspeed.utils import safe_set_local_fp32_param
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         if dist.get_rank() == 0:
             parameter.data.copy_(value)
+    safe_set_local_fp32_param(parameter, _part(parameter, value))
 
 
 def moments(parameter: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -161,10 +176,14 @@ def put_moment(parameter: Any, key: str, value: torch.Tensor) -> None:
     if key == "step":
         state["step"].copy_(torch.maximum(state["step"], value))
         return
+    safe_set_local_optimizer_state(parameter, _part(parameter, value), key)
+
+
+def _part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole tensor that lies as the parameter does."""
     size = parameter.ds_tensor.numel()
-    part = value.flatten()[size * dist.get_rank() :][:size].to(flat.device)
-    local = torch.nn.functional.pad(part, (0, size - len(part)))  # the last ranks' shards have padding
-    safe_set_local_optimizer_state(parameter, local, key)
+    part = value.flatten()[size * dist.get_rank() :][:size].to(parameter.ds_tensor.device)
+    return torch.nn.functional.pad(part, (0, size - len(part)))  # the last ranks' shards have padding
 
 
 def _flat(parameter: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

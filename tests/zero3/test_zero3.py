@@ -4,7 +4,9 @@ rollout engine gets whole weights, and no step is made of a gradient that is no 
 `make test-zero3` has the environment. The first start compiles an operator of DeepSpeed's, which takes a C++ compiler.
 """
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,68 @@ def test_a_gradient_that_is_no_number_makes_no_step(tmp_path: Path) -> None:
 
 def test_a_rollout_engine_gets_whole_weights_with_adapters(tmp_path: Path) -> None:
     test_rollout_weights.assert_shards_are_put_together(tmp_path, "zero3")
+
+
+def test_a_run_goes_on_to_the_last_bit_where_a_checkpoint_left_it(tmp_path: Path) -> None:
+    """With weight decay, on matrices alone; the weights that the stage began with differ."""
+    script = tmp_path / "resume.py"
+    script.write_text(RESUME)
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *run], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("the same") == 2
+
+
+RESUME = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from unirg import checkpoint, zero3
+from unirg.distributed import distribute, whole_tensor
+from unirg.recipe.schema import OptimiserConfig
+from unirg.steps import build_optimiser
+
+accelerator = Accelerator(cpu=True)
+
+def build(seed, strategy):
+    torch.manual_seed(seed)
+    layers = torch.nn.Sequential(torch.nn.Linear(7, 9), torch.nn.LayerNorm(9), torch.nn.Linear(9, 7))
+    distribute(layers, strategy, accelerator)
+    config = OptimiserConfig(learning_rate=0.01, weight_decay=10.0)
+    optimiser = build_optimiser(config, layers.named_parameters())
+    engine = zero3.engine(layers, optimiser, 1.0) if strategy == "zero3" else None
+    return layers, optimiser, engine
+
+def step(layers, optimiser, engine, number):
+    optimiser.zero_grad()
+    loss = (engine or layers)(torch.sin(torch.arange(56.0) + number).view(8, 7)).square().sum()
+    if engine is None:  # each rank has it all
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
+        optimiser.step()
+    else:
+        engine.backward(loss)
+        engine.step()
+
+def weights(layers):
+    return [whole_tensor(parameter).clone() for parameter in layers.parameters()]
+
+runs = straight, plain = build(0, "zero3"), build(0, "ddp")
+for number in (1, 2):
+    for run in runs:
+        step(*run, number)
+folder = Path(sys.argv[1]) / "checkpoints"
+checkpoint.save(folder, 2, dict(straight[0].named_parameters()), straight[1], {})
+for run in runs:
+    step(*run, 3)
+for ours, theirs in zip(weights(straight[0]), weights(plain[0]), strict=True):
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+resumed = build(1, "zero3")
+checkpoint.load(folder, dict(resumed[0].named_parameters()), resumed[1], warn=print)
+step(*resumed, 3)
+assert all(map(torch.equal, weights(resumed[0]), weights(straight[0])))
+print("the same", flush=True)
+torch.distributed.destroy_process_group()
+"""
