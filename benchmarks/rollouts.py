@@ -1,12 +1,12 @@
 """Rollouts: the Hugging Face engine beside a colocated vLLM, and the ways of weights to another process.
 
     make .venv-vllm/.installed
-    .venv-vllm/bin/python benchmarks/rollouts.py sampling
-    .venv-vllm/bin/python benchmarks/rollouts.py weights
+    .venv-vllm/bin/python benchmarks/rollouts.py [sampling|weights]
 
 `sampling`: 16 studies x 8 reports, G = 8, on drawn films, as a GRPO step asks for them. The policy is random and is
 kept from ending a report, so that both engines write the same number of tokens; both sample the plain softmax. The
-engines take turns; figures are medians of wall time on one thread of the machine.
+engines take turns; figures are medians of wall time on one thread of the machine, and ratios medians of each turn's,
+which neighbours on the machine move less.
 
 `weights`: tensors like a model's from one process to another on this machine: the stream of unirg.rollout.weights, a
 safetensors file in /dev/shm, and gloo's broadcast, from tensor to tensor, without vLLM's own loading.
@@ -19,7 +19,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)
 
-STUDIES, GROUP, TOKENS, ROUNDS = 16, 8, 64, 5
+STUDIES, GROUP, TOKENS, ROUNDS = 16, 8, 64, 3
 POLICIES = {
     "the demo's (1.4 M parameters)": {},
     "wider and deeper (27 M)": {"hidden": 512, "layers": 8, "heads": 8, "mlp": 1536},
@@ -39,7 +39,7 @@ POLICIES = {
 SIZES_MB = (10, 100, 1000)
 
 
-def sampling() -> list[dict[str, Any]]:
+def sampling() -> Iterator[dict[str, Any]]:
     """Tokens per second of both engines, and the seconds of a colocated engine's weights."""
     from unirg.data import load_studies
     from unirg.data.phantom import PhantomData
@@ -51,7 +51,6 @@ def sampling() -> list[dict[str, Any]]:
     from unirg.rollout.vllm_colocate import ColocatedSampler
     from unirg.tiny import TinyConfig
 
-    found = []
     studies = load_studies(PhantomData(adapter="phantom", train=STUDIES, dev=0, test=0, unseen=0), "train")
     seeds = [[100 * i + g for g in range(GROUP)] for i in range(STUDIES)]
     for name, sizes in POLICIES.items():
@@ -72,9 +71,14 @@ def sampling() -> list[dict[str, Any]]:
         middle = {what: statistics.median(values[1:]) for what, values in seconds.items()}
         tokens = STUDIES * GROUP * TOKENS
         parameters = sum(parameter.numel() for parameter in policy.model.parameters())
-        found.append({"policy": name, "parameters": parameters, "prompt": len(prompts[0]), **middle})
-        found[-1] |= {f"{engine}_tokens_per_second": tokens / middle[engine] for engine in ("hf", "vllm")}
-    return found
+        row = {"policy": name, "parameters": parameters, "prompt": len(prompts[0]), **middle}
+        row |= {f"{engine}_tokens_per_second": tokens / middle[engine] for engine in ("hf", "vllm")}
+        yield row | {"hf/vllm": ratio(seconds["hf"], seconds["vllm"])}
+
+
+def ratio(some: list[float], others: list[float]) -> float:
+    """The median over turns, the first left out."""
+    return statistics.median(a / b for a, b in zip(some[1:], others[1:], strict=True))
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -110,7 +114,7 @@ def receiver(orders: Any, answers: Any) -> None:
         answers.put(len(names))
 
 
-def weights() -> list[dict[str, Any]]:
+def weights() -> Iterator[dict[str, Any]]:
     """Seconds from the first tensor to the other process's word that it has the last."""
     from unirg.rollout.weights import WeightStream
 
@@ -141,7 +145,6 @@ def weights() -> list[dict[str, Any]]:
             dist.broadcast(tensor, 0)
         answers.get()
 
-    found = []
     for megabytes in SIZES_MB:
         tensors = layers(megabytes)
         seconds: dict[str, list[float]] = {"stream": [], "file": [], "gloo": []}
@@ -156,14 +159,18 @@ def weights() -> list[dict[str, Any]]:
             answers.get()  # the group stands: what follows is the transfer alone
             seconds["gloo"].append(timed(lambda: gloo(tensors)))  # noqa: B023
             dist.destroy_process_group()
-        found.append({"megabytes": megabytes} | {way: statistics.median(times[1:]) for way, times in seconds.items()})
+        row = {"megabytes": megabytes} | {way: statistics.median(times[1:]) for way, times in seconds.items()}
+        yield row | {f"{way}/stream": ratio(seconds[way], seconds["stream"]) for way in ("file", "gloo")}
     orders.put(None)
     other.join()
-    return found
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in (["sampling"], ["weights"]):
+    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"sampling": sampling, "weights": weights}
+    asked = sys.argv[1:] or list(parts)
+    if not set(asked) <= set(parts):
         sys.exit(__doc__)
-    for row in sampling() if sys.argv[1] == "sampling" else weights():
-        print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}))
+    for part in asked:
+        for row in parts[part]():
+            rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+            print(json.dumps(rounded), flush=True)
