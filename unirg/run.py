@@ -30,6 +30,7 @@ PACKAGES = (
     "numpy",
     "pillow",
     "vllm",
+    "deepspeed",
 )
 
 
@@ -86,24 +87,32 @@ FREE_IN_STAGES = (
     "shared_prefix_mismatch",
     "tokens_per_forward",
     "server",
+    "timeout",
     "checkpoint_every",
     "keep_checkpoints",
 )
-"""The same of a stage: how its forwards are made, where its rewards are scored, when it is saved. The numbers stay the
-same to rounding."""
+"""The same of a stage: how its forwards are made, where its rewards are scored and how long that may take, when it is
+saved. The numbers stay the same to rounding."""
 
 
 def open_run(run: Path, recipe: str) -> None:
     """Makes the folder and writes the resolved recipe (YAML), or checks that the folder is of the same recipe.
 
     Raises UserError naming the keys that differ from the run that the folder already holds (keys in FREE and
-    FREE_IN_STAGES may), or that the folder cannot be written.
+    FREE_IN_STAGES may), or that the recipe there cannot be read, or the folder not written.
     """
     import yaml
 
     path = run / "recipe.yaml"
     if path.exists():
-        old, new = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(recipe)
+        try:
+            old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{path}: cannot be read, so that nobody can tell whether the run in its folder is this recipe's "
+                f"({error}); put it back, or choose another `output`"
+            ) from error
+        new = yaml.safe_load(recipe)
         differing = [
             key
             for key in _differences(old, new)
@@ -131,7 +140,11 @@ def _differences(old: Any, new: Any, at: str = "") -> list[str]:
         keys = [*old, *(key for key in new if key not in old)]
         return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(a, b, f"{at}.{i}")]
+        return [
+            d
+            for i, (a, b) in enumerate(zip(old, new, strict=True))
+            for d in _differences(a, b, f"{at}.{(isinstance(a, dict) and (a.get('label') or a.get('name'))) or i}")
+        ]
     return [] if old == new else [at]
 
 

@@ -32,9 +32,24 @@ def test_a_run_may_be_judged_anew_but_not_learn_something_else(tmp_path: Path):
     open_run(tmp_path, "seed: 0\njobs: 1\nevaluation: {splits: [dev]}\nstages: [{name: sft, steps: 10}]\n")
     open_run(tmp_path, "seed: 0\njobs: 2\nevaluation: {splits: [dev, test]}\nstages: [{name: sft, steps: 10}]\n")
     assert "test" in (tmp_path / "recipe.yaml").read_text()
-    with pytest.raises(UserError, match=r"another recipe \(differs in stages\.0\.steps\)"):
+    with pytest.raises(UserError, match=r"another recipe \(differs in stages\.sft\.steps\)"):
         open_run(tmp_path, "seed: 0\njobs: 2\nevaluation: {splits: [dev]}\nstages: [{name: sft, steps: 11}]\n")
     assert "steps: 10" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_a_run_whose_reward_took_too_long_goes_on_with_a_longer_timeout(tmp_path: Path):
+    recipe = "stages: [{name: rl, rewards: [{name: bleu, label: null, timeout: %d, weight: %s}]}]\n"
+    open_run(tmp_path, recipe % (10, "1.0"))
+    open_run(tmp_path, recipe % (600, "1.0"))
+    with pytest.raises(UserError, match=r"differs in stages\.rl\.rewards\.bleu\.weight\)"):
+        open_run(tmp_path, recipe % (600, "0.5"))
+
+
+def test_a_folder_whose_recipe_cannot_be_read_is_not_taken_for_this_run(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("{not")
+    with pytest.raises(UserError, match=r"recipe\.yaml: cannot be read"):
+        open_run(tmp_path, "stages: []\n")
+    assert (tmp_path / "recipe.yaml").read_text() == "{not"
 
 
 def test_a_run_may_make_its_forwards_anew(tmp_path: Path):
