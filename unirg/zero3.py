@@ -69,11 +69,15 @@ def engine(module: nn.Module, optimiser: torch.optim.Optimizer, max_grad_norm: f
 
 
 def end(engine: Any) -> None:
-    """Takes DeepSpeed's hooks off the module, whose parameters stay apart, and has it hold the module no longer."""
+    """Takes DeepSpeed's hooks off the module, whose parameters stay apart, and frees the optimiser's tensors: DeepSpeed
+    holds an engine to the end of the process."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     engine.destroy()
-    FWD_MODULE_STACK.remove(engine.module)  # it would have all stages' weights and moments to the end of the process
+    FWD_MODULE_STACK.remove(engine.module)
+    zero = engine.optimizer
+    zero.optimizer.state.clear()
+    zero.fp32_partitioned_groups_flat.clear()
 
 
 def _config(module: nn.Module) -> dict[str, Any]:
