@@ -5,14 +5,19 @@
 #   NODES=4 NODE=0 HEAD=node1 recipes/launch/torchrun.sh recipes/x.yaml key=value ...           on each of four
 #
 # NODE: this one's number, from 0; HEAD: number 0, by a name or address that all reach it by; PORT there. All nodes see
-# the same recipe, data and output folder. GPUS: ranks on this node, by default one for each GPU, or one.
+# the same recipe, data and output folder. GPUS: ranks on this node, by default one for each GPU that CUDA_VISIBLE_DEVICES
+# leaves, or one.
 # RESTARTS (one node): how often the ranks are started again, from the last checkpoint, where one of them fails.
 #
-# SIGUSR1 or SIGTERM, to this script on any of the nodes: all ranks stop together, with a checkpoint, and the same command
-# goes on from it. The signal goes to the ranks themselves: torchrun would die of SIGUSR1, and after SIGTERM it would
-# leave them 30 seconds.
+# SIGUSR1, SIGTERM or Ctrl-C, to this script on any of the nodes: all ranks stop together, with a checkpoint, and the same
+# command goes on from it. The signal goes to the ranks themselves: torchrun would die of SIGUSR1, and after the others it
+# would leave them 30 seconds.
 set -uo pipefail
-gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # nvidia-smi lists the others too
+    gpus=${GPUS:-$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)}
+else
+    gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+fi
 ((gpus > 0)) || gpus=1
 if [ "${NODES:-1}" = 1 ]; then
     where=(--standalone --max-restarts "${RESTARTS:-0}")
@@ -21,10 +26,14 @@ else
     where=(--nnodes "$NODES" --node-rank "${NODE:-${SLURM_PROCID:?NODE, the number of this node, from 0}}")
     where+=(--master-addr "${HEAD:?the name or address of node 0}" --master-port "${PORT:-29400}")
 fi
-asked=''
-trap 'asked=USR1' USR1
-trap 'asked=TERM' TERM
-"${PYTHON:-python}" -m torch.distributed.run "${where[@]}" --nproc-per-node "$gpus" -m unirg train "$@" &
+asked='' told=''
+trap 'asked=USR1 told=USR1' USR1
+trap 'asked=TERM told=TERM' TERM
+# A terminal gives Ctrl-C to torchrun and the ranks as well. They do not hear it: what a shell puts in the background
+# ignores it, and torchrun is told to leave that so.
+trap 'asked=TERM told=INT' INT
+"${PYTHON:-python}" -m torch.distributed.run "${where[@]}" --signals-to-handle SIGTERM,SIGHUP,SIGQUIT \
+    --nproc-per-node "$gpus" -m unirg train "$@" &
 torchrun=$!
 while kill -0 "$torchrun" 2>/dev/null; do
     if [ -z "$asked" ]; then
@@ -43,5 +52,8 @@ while kill -0 "$torchrun" 2>/dev/null; do
 done
 wait "$torchrun"
 status=$?
-[ -z "$asked" ] || status=$((128 + $(kill -l "$asked")))
+if [ -n "$told" ]; then
+    status=$((128 + $(kill -l "$told")))
+    echo "$0: stopped by SIG$told, which torchrun calls a failure; the same command goes on" >&2
+fi
 exit "$status"
