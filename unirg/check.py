@@ -6,6 +6,7 @@ Each check raises UserError with lines that name the study, key or stage and say
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -226,11 +227,18 @@ def check_figures(recipe: Recipe, studies: Sequence[Study]) -> None:
 
 def check_shares(stage: StageConfig, world: int) -> None:
     """A step's studies divide evenly by ranks and forwards: the shares of the loss are then those of one process."""
-    share, forward = stage.studies_per_step // world, stage.studies_per_forward
-    if stage.studies_per_step % world or (forward and share % min(share, forward)):
+    forward = stage.studies_per_forward
+
+    def divides(studies: int) -> bool:
+        share = studies // world
+        return studies % world == 0 and not (forward and share % min(share, forward))
+
+    if not divides(stage.studies_per_step):
+        more = next(studies for studies in count(stage.studies_per_step) if divides(studies))
         raise UserError(
             f"stage {stage.name}: studies_per_step {stage.studies_per_step} must divide evenly by {world} ranks"
             + (f" and studies_per_forward {forward}" if forward else "")
+            + f"; stages.{stage.name}.studies_per_step={more} does"
         )
 
 

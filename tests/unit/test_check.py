@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,11 @@ def test_shares_are_whole(studies: int, forward: int | None, world: int, fits: b
     if fits:
         check.check_shares(one, world)
     else:
-        with pytest.raises(UserError, match=f"stage s: studies_per_step {studies} must divide evenly by {world} ranks"):
+        with pytest.raises(UserError, match=f"studies_per_step {studies} must divide evenly by {world} ranks") as error:
             check.check_shares(one, world)
+        advised = re.search(r"stages\.s\.studies_per_step=(\d+) does", str(error.value))
+        assert advised
+        check.check_shares(stage(studies_per_step=int(advised[1]), studies_per_forward=forward), world)
 
 
 def test_a_tracker_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
