@@ -39,8 +39,8 @@ class DistributedConfig(Section):
     the Hugging Face engine samples, each rank holds all weights. zero3: the same by DeepSpeed, which is installed with
     the extra `zero3`; vision stages, and a KL reference, are sharded as by fsdp2."""
     timeout: float = Field(1800.0, gt=0)
-    """Seconds that a rank may be in one part of a step (sampling, scoring, an evaluation) before the run ends with a
-    line that names the ranks that are behind and those that wait for them."""
+    """Seconds that a rank may be in one part of the run (loading, reading films, sampling, an evaluation) before it
+    ends with a line that names the ranks that are behind and those that wait for them."""
 
 
 def distribute(

@@ -7,6 +7,7 @@ Each stage starts from another stage's final policy, so the stages are a tree; t
 run at once (`jobs`). Started again on the same folder, the run goes on where it was.
 """
 
+import gc
 import os
 import shutil
 import subprocess
@@ -105,6 +106,7 @@ def _train(resolved: Recipe, run: Path, held: ExitStack) -> None:
             see(run / "recipe.yaml")
         for stage in stages:
             run_stage(resolved, run, stage)
+            gc.collect()  # the policy, its reference and their optimiser, which hold each other
     elif stages:
         run_side_by_side(resolved, run, stages)
 
@@ -219,7 +221,8 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
     if isinstance(stage, VisionStage):
         policy.model.to(accelerator.device)
         if (tower := vision_tower(policy.base)) is not None:
-            tower.requires_grad_(True)
+            # A base under adapters may be in bfloat16, where small steps round to none.
+            tower.requires_grad_(True).float()
         from unirg.vision import run_vision
 
         run_vision(work)
@@ -247,7 +250,7 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
                 engines.callback(sampler.close)
             if dev:
                 scores = None
-                if metrics:
+                if metrics and accelerator.is_main_process:
                     scores = engines.enter_context(scoring_engine(work, metrics, "metrics", rewards))
                 evaluate = dev_evaluation(work, dev, sampler, scores)
             if isinstance(stage, SftStage):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from unirg import checkpoint, ranks, signals, watchdog, zero3
+from unirg import checkpoint, signals, watchdog, zero3
 from unirg import run as run_folder
 from unirg.distributed import sum_gradients, whole_tensor
 from unirg.errors import UserError
@@ -142,6 +142,8 @@ class Steps:
             group["lr"] = rate
         seed_everything(work.seed("step", step, work.accelerator.process_index))
         self.optimiser.zero_grad(set_to_none=True)
+        if self.engine is not None:
+            zero3.clear(self.engine)
         metrics = step_metrics(step)
         if self.engine is None:
             sum_gradients(self.weights.values())
@@ -188,8 +190,7 @@ class Steps:
         _report_step(work.accelerator, work.stage, step, metrics, self.state)
 
     def keep_best(self, figure: float) -> None:
-        """Keeps the weights where `figure`, of the main process, is the best so far."""
-        figure = ranks.everyones(figure)[0]  # a metric may fail on one rank; they save together, or not at all
+        """Keeps the weights where `figure`, the same on all ranks, is the best so far."""
         if math.isnan(figure) or (self.state["best"] is not None and figure <= self.state["best"]):
             return
         step = self.state["step"]

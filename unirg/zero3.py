@@ -68,6 +68,11 @@ def engine(module: nn.Module, optimiser: torch.optim.Optimizer, max_grad_norm: f
     return made
 
 
+def clear(engine: Any) -> None:
+    """Zeros the gradients before a step: DeepSpeed would have those of the last one for what this one does not use."""
+    engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+
 def end(engine: Any) -> None:
     """Takes DeepSpeed's hooks off the module, whose parameters stay apart, and frees the optimiser's tensors: DeepSpeed
     holds an engine to the end of the process."""

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO-3 on gloo: two and four ranks make the steps of one process, checkpoints pass between strategies, a
 rollout engine gets whole weights, and no step is made of a gradient that is no number.
 
-`make test-zero3` has the environment. The first start compiles an operator of DeepSpeed's, which takes a C++ compiler.
+`make test-zero3` has the environment.
 """
 
 import os

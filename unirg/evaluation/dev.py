@@ -3,8 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from accelerate.utils import gather_object
-
+from unirg import ranks
 from unirg.data import load_studies
 from unirg.evaluation.evaluate import measure
 from unirg.evaluation.run import max_new_tokens
@@ -25,8 +24,9 @@ def dev_evaluation(
     work: StageRun, studies: Sequence[Study], sampler: Sampler, engine: ScoringEngine | None
 ) -> Callable[[], dict[str, float]]:
     """A function that has `sampler` write greedy reports of `studies` with the policy as it stands, each rank its
-    share, and returns their figures. `engine` scores them by the recipe's metrics. All ranks call it together."""
-    config, ranks = work.recipe.evaluation, work.accelerator.num_processes
+    share, and returns their figures. The first rank measures them (some figures are of all reports together), with its
+    `engine` for the recipe's metrics. All ranks call it together."""
+    config, world = work.recipe.evaluation, work.accelerator.num_processes
     limit = max_new_tokens(work.recipe)
 
     def evaluate() -> dict[str, float]:
@@ -35,17 +35,19 @@ def dev_evaluation(
         mine = work.mine(studies)
         texts: dict[str, str] = {}
         # As many batches on every rank, some without studies: an engine may need all ranks in each.
-        for first in range(0, math.ceil(len(studies) / ranks), config.batch_size):
+        for first in range(0, math.ceil(len(studies) / world), config.batch_size):
             batch = mine[first : first + config.batch_size]
             prompts = work.encode(batch)
             with work.together("evaluation"), work.accelerator.autocast():
                 groups = sampler.sample(prompts, [[0]] * len(batch), temperature=0.0, max_new_tokens=limit)
             texts |= {study.id: group[0].text for study, group in zip(batch, groups, strict=True)}
-        if ranks > 1:
-            texts = {key: text for share in gather_object([texts]) for key, text in share.items()}
+        texts = {key: text for share in ranks.everyones(texts) for key, text in share.items()}
+        figures: dict[str, float] = {}
         with work.together("evaluation"):
-            statistics = measure(studies, texts, engine).statistics
-        wanted = [config.headline, *[metric.log_label for metric in config.metrics], "length", "duplicates"]
-        return {name: statistics[name].value for name in dict.fromkeys(wanted) if name in statistics}
+            if work.accelerator.is_main_process:
+                statistics = measure(studies, texts, engine).statistics
+                wanted = [config.headline, *[metric.log_label for metric in config.metrics], "length", "duplicates"]
+                figures = {name: statistics[name].value for name in dict.fromkeys(wanted) if name in statistics}
+        return ranks.everyones(figures)[0]
 
     return evaluate
