@@ -8,6 +8,7 @@ go, which ids must never be sampled. Shapes: P prompt tokens, B rows, T tokens.
 import copy
 import inspect
 import json
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -308,7 +309,7 @@ def load_policy(
 
     `texts` trains the tiny policy's tokenizer (prompts and reports). Raises UserError where the model cannot be found.
     """
-    if config.tiny is not None:  # loads in no time
+    if config.tiny is not None or not sys.stderr.isatty():  # loads in no time; or fills a log
         transformers.utils.logging.disable_progress_bar()
     source = folder or config.model
     if source is None:

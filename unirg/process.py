@@ -45,7 +45,10 @@ def joined(timeout: float) -> Iterator[None]:
         return
     cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     # Later than the watchdog, which can say who is waited for.
-    PartialState(cpu=cpu, timeout=timedelta(seconds=2 * timeout))
+    with (
+        signals.unhandled()
+    ):  # a rank that looks for the first one does so in torch's C++ code, and hears nothing there
+        PartialState(cpu=cpu, timeout=timedelta(seconds=2 * timeout))
     with watchdog.watching(timeout):
         try:
             yield

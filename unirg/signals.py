@@ -7,6 +7,7 @@ A Ctrl-C after that ends it at once.
 
 import contextlib
 import ctypes
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -58,6 +59,19 @@ def handled() -> Iterator[None]:
 
 
 @contextmanager
+def unhandled() -> Iterator[None]:
+    """While it lasts, the signals end the process, as they do without this module: for what would not hear them."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    for number in (number for number, handler in before.items() if handler is _ask):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def going_on(where: str) -> Iterator[None]:
     """A stop in this part is told with `where` the same command goes on."""
     try:
@@ -105,5 +119,9 @@ def _ask(number: int, frame: FrameType | None) -> None:
             raise KeyboardInterrupt
         return  # a scheduler may say it twice, once to each process and once to the group
     _asked = number
+    if (
+        number == signal.SIGINT and os.environ.get("RANK", "0") == "0"
+    ):  # somebody waits for it; print() may be under way
+        os.write(2, b"\nstopping where the run can go on; Ctrl-C again ends it at once\n")
     if _at_once:
         raise Stopped(number)

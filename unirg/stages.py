@@ -218,6 +218,10 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
         console.print(f"[bold]{stage.name}[/bold]  {what}, from {recipe.start_of(stage)}", highlight=False)
     strategy, half = recipe.distributed.strategy, policy.config.dtype == "bfloat16"
     unsharded = outline(policy.model) if strategy != "ddp" and world > 1 else None
+    if strategy != "ddp" and world == 1:
+        work.warn(
+            f"distributed.strategy: {strategy} shards nothing here: this is one process (torchrun starts several)"
+        )
     if isinstance(stage, VisionStage):
         policy.model.to(accelerator.device)
         if (tower := vision_tower(policy.base)) is not None:

@@ -6,6 +6,9 @@ import os
 import random
 import re
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -40,6 +43,22 @@ def write(folder: Path, tests: int = 0, **changes: object) -> tuple[Path, list[s
     }
     (folder / "run.yaml").write_text(json.dumps(recipe | changes))
     return folder / "run", ["-m", "unirg", "train", str(folder / "run.yaml")]
+
+
+def test_a_rank_that_looks_for_the_others_can_be_stopped(tmp_path: Path) -> None:
+    """It does so within torch, where Python hears no signal. The test is the first rank, and answers nothing."""
+    _, command = write(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1]), "LOCAL_RANK": "1"}
+        environment = os.environ | place | {"RANK": "1", "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+        rank = subprocess.Popen([sys.executable, *command], env=environment)
+        try:
+            silent.settimeout(120)
+            silent.accept()
+            rank.send_signal(signal.SIGTERM)
+            assert rank.wait(20) == -signal.SIGTERM
+        finally:
+            rank.kill()
 
 
 def test_broken_films_of_both_ranks_shares(tmp_path: Path) -> None:
