@@ -99,7 +99,8 @@ def open_run(run: Path, recipe: str) -> None:
     """Makes the folder and writes the resolved recipe (YAML), or checks that the folder is of the same recipe.
 
     Raises UserError naming the keys that differ from the run that the folder already holds (keys in FREE and
-    FREE_IN_STAGES may), or that the recipe there cannot be read, or the folder not written.
+    FREE_IN_STAGES may, and all may where that run has left no step to go on from), or that the recipe there cannot be
+    read, or the folder not written.
     """
     import yaml
 
@@ -119,7 +120,7 @@ def open_run(run: Path, recipe: str) -> None:
             if not f"{key}.".startswith(tuple(f"{free}." for free in FREE))
             and key.rpartition(".")[2] not in FREE_IN_STAGES
         ]
-        if differing:
+        if differing and any(next(run.glob(f"stages/*/{kept}"), None) for kept in ("step-*", "final")):
             raise UserError(
                 f"{run}: holds a run of another recipe (differs in {', '.join(differing[:6])}); "
                 "choose another `output`, or remove the folder"

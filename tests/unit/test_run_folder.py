@@ -32,15 +32,26 @@ def test_a_run_may_be_judged_anew_but_not_learn_something_else(tmp_path: Path):
     open_run(tmp_path, "seed: 0\njobs: 1\nevaluation: {splits: [dev]}\nstages: [{name: sft, steps: 10}]\n")
     open_run(tmp_path, "seed: 0\njobs: 2\nevaluation: {splits: [dev, test]}\nstages: [{name: sft, steps: 10}]\n")
     assert "test" in (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "stages/sft/step-000005").mkdir(parents=True)
     with pytest.raises(UserError, match=r"another recipe \(differs in stages\.sft\.steps\)"):
         open_run(tmp_path, "seed: 0\njobs: 2\nevaluation: {splits: [dev]}\nstages: [{name: sft, steps: 11}]\n")
     assert "steps: 10" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_a_run_that_failed_before_it_kept_a_step_may_be_put_right(tmp_path: Path):
+    open_run(tmp_path, "stages: [{name: sft, studies_per_step: 64}]\n")
+    open_run(tmp_path, "stages: [{name: sft, studies_per_step: 8}]\n")
+    assert "studies_per_step: 8" in (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "stages/sft/final").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"differs in stages\.sft\.studies_per_step\)"):
+        open_run(tmp_path, "stages: [{name: sft, studies_per_step: 16}]\n")
 
 
 def test_a_run_whose_reward_took_too_long_goes_on_with_a_longer_timeout(tmp_path: Path):
     recipe = "stages: [{name: rl, rewards: [{name: bleu, label: null, timeout: %d, weight: %s}]}]\n"
     open_run(tmp_path, recipe % (10, "1.0"))
     open_run(tmp_path, recipe % (600, "1.0"))
+    (tmp_path / "stages/rl/step-000005").mkdir(parents=True)
     with pytest.raises(UserError, match=r"differs in stages\.rl\.rewards\.bleu\.weight\)"):
         open_run(tmp_path, recipe % (600, "0.5"))
 
