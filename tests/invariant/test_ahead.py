@@ -14,6 +14,7 @@ from tests.invariant.test_trajectories import assert_same, command, environment,
 from unirg import run as run_folder
 from unirg.data import load_studies
 from unirg.evaluation.evaluate import measure
+from unirg.grpo.loop import GAP
 from unirg.policy import load_policy
 from unirg.recipe.load import RecipeError, load_recipe
 from unirg.rollout import generate_reports, request_seed
@@ -52,6 +53,14 @@ def sampled_by(run: Path, folder: Path, step: int) -> dict[str, list[str]]:
         [policy.encode(studies[name]) for name in wanted], seeds, temperature=1.0, max_new_tokens=12
     )
     return {name: [sample.text for sample in group] for name, group in zip(wanted, groups, strict=True)}
+
+
+def test_a_step_that_leads_far_does_not_make_the_sampler_another_model(tmp_path: Path) -> None:
+    few = ["stages.vision.steps=1", "stages.sft.steps=1", "stages.grpo.steps=3", "stages.grpo.ahead=true", *RATE]
+    run = start(tmp_path, "far", *few, "stages.grpo.optimiser.learning_rate=0.05")
+    run_stages(run)
+    gaps = [r["sampling/sampling_logp_difference/mean"] for r in trajectory(run) if r["stage"] == "grpo"]
+    assert gaps[0] < 1e-4 and max(gaps) > GAP
 
 
 def test_every_batch_is_the_policy_of_one_update_earlier(ahead: Path, tmp_path: Path) -> None:

@@ -82,13 +82,14 @@ def run_grpo(
                 collect_scores(engine, submitted, watch)
             held["metrics"], held["normaliser"] = judge_rollouts(work, sampler, engine, groups, batch, watch)
             held["unscored"] = without_scores(work, held["metrics"], batch, held.get("unscored"))
-            held["groups"] = groups
+            held["groups"], held["own"] = groups, rollouts is None
             held["metrics"] |= monitor(groups, batch)
             if not last:
                 prepare_scoring(engine, work.mine(work.step_studies(batch + 1)))
         metrics = {k: v for k, v in held["metrics"].items() if iteration == 0 or not k.startswith("time/")}
         metrics |= update(work, held["groups"], held["normaliser"], held["forward"], reference, watch, first)
-        check_sampler(work, metrics)
+        if held["own"]:  # a batch sampled ahead is of the update before, from which one step may lead far
+            check_sampler(work, metrics)
         return metrics | watch.metrics()
 
     if ahead is None:
