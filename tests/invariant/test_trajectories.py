@@ -203,7 +203,7 @@ def test_killed_and_resumed_to_the_last_bit(straight: Path, tmp_path: Path, stag
 
 def test_another_recipe_on_the_same_folder_is_refused(straight: Path) -> None:
     text = (straight / "recipe.yaml").read_text().replace("learning_rate: 0.003", "learning_rate: 0.03")
-    with pytest.raises(ValueError, match=r"another recipe \(differs in stages\.grpo\.optimiser\.learning_rate\)"):
+    with pytest.raises(ValueError, match=r"another recipe \(differs in stages\.sft\.optimiser\.learning_rate\)"):
         run_folder.open_run(straight, text)
     run_folder.open_run(straight, (straight / "recipe.yaml").read_text().replace("threads: 1", "threads: 2"))
     manifest = json.loads((straight / "manifest.json").read_text())

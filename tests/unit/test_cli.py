@@ -41,9 +41,9 @@ ROOT = Path(unirg.__file__).parents[1]
         ("data fetch openi --to d", "unirg.data.command.fetch", ["openi", Path("d")]),
         ("extract r.jsonl --labels cxr14", "unirg.extraction.command.run", [Path("r.jsonl"), False, "cxr14"]),
         (
-            "evaluate runs/x --stages sft,grpo --json",
+            "evaluate runs/x rollout.engine=hf --stages sft,grpo --json",
             "unirg.evaluation.command.evaluate",
-            [Path("runs/x"), None, ["sft", "grpo"], None, True],
+            [Path("runs/x"), None, ["sft", "grpo"], None, ["rollout.engine=hf"], True],
         ),
         (
             "generate runs/x --out o.jsonl --stage sft data.limit=3",
