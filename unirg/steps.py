@@ -253,6 +253,9 @@ def optimise(
     steps.run(step_metrics, evaluate)
     if state["best_step"] is not None:
         checkpoint.load(work.folder / "best", weights, None, step=state["best_step"], warn=work.warn)
+    if work.policy.engine is not None:
+        zero3.end(work.policy.engine)
+        work.policy.engine = None
     if work.accelerator.is_main_process:
         run_folder.update_manifest(
             work.run, stages={stage.name: {k: state[k] for k in ("step", "best", "seconds", "cpu_seconds")}}
