@@ -5,6 +5,7 @@ engine, and a parameter (empty while it is apart) is put together by DeepSpeed's
 step is as under the other strategies. DeepSpeed is imported here alone, and only where a recipe asks for it.
 """
 
+import inspect
 import logging
 import os
 import warnings
@@ -74,12 +75,16 @@ def clear(engine: Any) -> None:
 
 
 def end(engine: Any) -> None:
-    """Takes DeepSpeed's hooks off the module, whose parameters stay apart, and frees the optimiser's tensors: DeepSpeed
-    holds an engine to the end of the process."""
+    """Takes DeepSpeed's hooks off the module, whose parameters stay apart, frees the optimiser's tensors, and has
+    DeepSpeed forget the module, which it would hold to the end of the process."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     engine.destroy()
     FWD_MODULE_STACK.remove(engine.module)
+    # A cache without a bound, of modules.
+    released: Any = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(released).nonlocals["func"].cache_clear()
     zero = engine.optimizer
     zero.optimizer.state.clear()
     zero.fp32_partitioned_groups_flat.clear()
