@@ -14,6 +14,7 @@ import pytest
 
 from tests.invariant import test_trajectories as trajectories
 from unirg import signals
+from unirg.process import end, joined
 from unirg.recipe.load import load_recipe
 from unirg.run import final_folder
 from unirg.stages import run_stage
@@ -153,8 +154,10 @@ def run_all(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        with pytest.MonkeyPatch.context() as monkeypatch, signals.handled(), contextlib.suppress(signals.Stopped):
-            if argument.endswith("handed-over") and os.environ["WORLD_SIZE"] == "2":
-                stop_after_a_checkpoint(monkeypatch)
-            run_all(Path(argument))
+    with joined(600):
+        for argument in sys.argv[1:]:
+            with pytest.MonkeyPatch.context() as monkeypatch, signals.handled(), contextlib.suppress(signals.Stopped):
+                if argument.endswith("handed-over") and os.environ["WORLD_SIZE"] == "2":
+                    stop_after_a_checkpoint(monkeypatch)
+                run_all(Path(argument))
+    end(0)  # as `unirg train` does: the interpreter's own end may meet one of torch's threads, and abort
