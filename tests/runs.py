@@ -1,6 +1,8 @@
 """Runs of stages for tests: their folder made, started, and what they logged."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +29,14 @@ def trajectory(run: Path) -> list[dict[str, Any]]:
     """What the stages logged, but for times."""
     records = [r for stage in STAGES for r in run_folder.read_metrics(run / "stages" / stage)]
     return [{k: v for k, v in record.items() if not k.startswith("time")} for record in records]
+
+
+def on_two_ranks(folder: Path, script: str, *arguments: str) -> None:
+    """Runs a script of Python on two ranks; each ends by saying that it found `the same`."""
+    path = folder / "script.py"
+    path.write_text(script)
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path), *arguments]
+    here = environment(PYTHONPATH=str(Path(__file__).parents[1]))
+    done = subprocess.run([sys.executable, *run], capture_output=True, text=True, env=here)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("the same") == 2

@@ -80,6 +80,11 @@ def distribute(
         part.set_force_sum_reduction_for_comms(True)
 
 
+def beside_engine(strategy: str) -> str:
+    """The strategy for what DeepSpeed's engine does not run under `zero3`: vision stages and KL references."""
+    return "fsdp2" if strategy == "zero3" else strategy
+
+
 def stacked_layers(module: nn.Module) -> list[nn.Module]:
     """The layers of every outermost stack (a ModuleList of two or more modules of one class): decoder layers, vision
     blocks, mergers."""

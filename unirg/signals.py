@@ -119,9 +119,8 @@ def _ask(number: int, frame: FrameType | None) -> None:
             raise KeyboardInterrupt
         return  # a scheduler may say it twice, once to each process and once to the group
     _asked = number
-    if (
-        number == signal.SIGINT and os.environ.get("RANK", "0") == "0"
-    ):  # somebody waits for it; print() may be under way
+    if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+        # Somebody waits for it; and not by print(), which may be under way.
         os.write(2, b"\nstopping where the run can go on; Ctrl-C again ends it at once\n")
     if _at_once:
         raise Stopped(number)

@@ -26,7 +26,7 @@ from unirg import checkpoint, ranks, signals, watchdog, zero3
 from unirg import run as run_folder
 from unirg.check import check, check_settings, check_shares, read_films
 from unirg.data import fingerprint, load_studies
-from unirg.distributed import distribute, filled, outline
+from unirg.distributed import beside_engine, distribute, filled, outline
 from unirg.errors import UserError
 from unirg.evaluation.dev import dev_evaluation, dev_studies
 from unirg.evaluation.run import max_new_tokens, report_writer, stage_predictions
@@ -239,8 +239,7 @@ def run_stage(recipe: Recipe, run: Path, stage: StageConfig) -> None:
         reference = load_reference(work) if isinstance(stage, GrpoStage) else None
         distribute(policy.model, strategy, accelerator, half=half)
         if reference is not None:
-            frozen = "fsdp2" if strategy == "zero3" else strategy
-            distribute(reference.model, frozen, accelerator, half=half, trained=False)
+            distribute(reference.model, beside_engine(strategy), accelerator, half=half, trained=False)
         with ExitStack() as engines:  # their workers end with the stage
             rewards = evaluate = None
             if isinstance(stage, GrpoStage):

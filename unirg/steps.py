@@ -72,8 +72,6 @@ class Steps:
     to come; a stop between them and the step repeats them."""
     carried: Carried | None = None
     """What goes into checkpoints beside these."""
-    engine: Any = None
-    """DeepSpeed's engine, where that has the weights."""
     on_disk: int = 0
     """The step of the newest checkpoint."""
     owed: bool = False
@@ -134,7 +132,7 @@ class Steps:
 
     def train(self, step: int, step_metrics: Callable[[int], dict[str, float]]) -> None:
         """One step. A stop changes nothing of it: weights, optimiser and state change in the last lines, at once."""
-        work, config = self.work, self.work.stage.optimiser
+        work, config, engine = self.work, self.work.stage.optimiser, self.work.policy.engine
         watchdog.comes_to("start", step=f"step {step + 1} of stage {work.stage.name}")
         started, cpu_started = time.perf_counter(), time.process_time()
         rate = learning_rate(config, step, work.stage.steps)
@@ -142,10 +140,10 @@ class Steps:
             group["lr"] = rate
         seed_everything(work.seed("step", step, work.accelerator.process_index))
         self.optimiser.zero_grad(set_to_none=True)
-        if self.engine is not None:
-            zero3.clear(self.engine)
+        if engine is not None:
+            zero3.clear(engine)
         metrics = step_metrics(step)
-        if self.engine is None:
+        if engine is None:
             sum_gradients(self.weights.values())
             norm = whole_tensor(torch.nn.utils.clip_grad_norm_(list(self.weights.values()), config.max_grad_norm))
         else:  # it has summed them, and clips in its step
@@ -158,7 +156,7 @@ class Steps:
                 "rollouts"
             )
         with work.uninterrupted("optimiser"):
-            (self.engine or self.optimiser).step()
+            (engine or self.optimiser).step()
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
             cpu_seconds += metrics.get("time/workers_cpu", 0.0)
             metrics |= {"learning_rate": rate, "grad_norm": norm.item()}
@@ -248,7 +246,7 @@ def optimise(
     if any(map(zero3.is_apart, weights.values())):
         half = work.policy.config.dtype == "bfloat16"
         work.policy.engine = zero3.engine(trainable, optimiser, stage.optimiser.max_grad_norm, half=half)
-    steps = Steps(work, weights, optimiser, boundary, state, carried, work.policy.engine)
+    steps = Steps(work, weights, optimiser, boundary, state, carried)
     steps.resume()
     steps.run(step_metrics, evaluate)
     if state["best_step"] is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from unirg.distributed import distribute
+from unirg.distributed import beside_engine, distribute
 from unirg.errors import UserError
 from unirg.policy import Policy
 from unirg.steps import optimise
@@ -61,10 +61,8 @@ def run_vision(work: StageRun) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(work.seed("head"))
         probe = Probe(policy, labels)
-    strategy = work.recipe.distributed.strategy
-    distribute(
-        probe, "fsdp2" if strategy == "zero3" else strategy, work.accelerator, half=policy.config.dtype == "bfloat16"
-    )
+    strategy = beside_engine(work.recipe.distributed.strategy)
+    distribute(probe, strategy, work.accelerator, half=policy.config.dtype == "bfloat16")
 
     def targets(study: Study) -> list[float]:
         known = {1: 1.0, 0: 0.0}

@@ -1,9 +1,6 @@
 """The weights that a rollout engine gets, and what recipes and commands say about engines."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from tests.runs import on_two_ranks
 from unirg.errors import UserError
 from unirg.policy import LoraConfig, Policy, load_policy
 from unirg.rollout import RolloutConfig, SamplingConfig
@@ -62,13 +60,7 @@ def test_shards_are_put_together_on_every_rank(tmp_path: Path) -> None:
 
 
 def assert_shards_are_put_together(tmp_path: Path, strategy: str) -> None:
-    script = tmp_path / "shards.py"
-    script.write_text(SHARDS)
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), strategy]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *run], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("the same") == 2
+    on_two_ranks(tmp_path, SHARDS, strategy)
 
 
 SHARDS = """

@@ -4,9 +4,7 @@ rollout engine gets whole weights, and no step is made of a gradient that is no 
 `make test-zero3` has the environment.
 """
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from tests import families
 from tests.invariant import test_ranks, test_shared_prefix_ranks
 from tests.invariant import test_trajectories as trajectories
+from tests.runs import on_two_ranks
 from tests.unit import test_rollout_weights
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (make test-zero3)")
@@ -84,13 +83,7 @@ def test_a_rollout_engine_gets_whole_weights_with_adapters(tmp_path: Path) -> No
 
 def test_a_run_goes_on_to_the_last_bit_where_a_checkpoint_left_it(tmp_path: Path) -> None:
     """With weight decay, on matrices alone; the weights that the stage began with differ."""
-    script = tmp_path / "resume.py"
-    script.write_text(RESUME)
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *run], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("the same") == 2
+    on_two_ranks(tmp_path, RESUME, str(tmp_path))
 
 
 RESUME = """

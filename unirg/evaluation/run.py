@@ -19,7 +19,7 @@ from unirg.evaluation.predictions import Predictions, drop_cut_line, read_predic
 from unirg.prompt import prompt_images, report_text
 from unirg.recipe.load import load_recipe
 from unirg.report import write_samples
-from unirg.run import final_folder, write_atomically
+from unirg.run import final_folder, read_manifest, write_atomically
 from unirg.study import Study
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def evaluate_run(
     studies = load_studies(recipe.data, split)
     if not studies:
         raise UserError(f"{run}: the data have no studies in split '{split}'")
-    measured = _manifest_stages(run)
+    measured = read_manifest(run).get("stages", {})
     arms: dict[str, Arm] = {}
     for name in names:
         greedy, sampled = stage_predictions(run, recipe, name, split, studies, progress=progress)
@@ -218,8 +218,3 @@ def _whole(path: Path, wanted: set[str]) -> Predictions | None:
     if strangers := sorted(set(found.reports) - wanted):
         raise UserError(f"{path}: report '{strangers[0]}' is of no study of the split; remove the file")
     return found if wanted == set(found.reports) else None
-
-
-def _manifest_stages(run: Path) -> dict[str, dict[str, Any]]:
-    path = run / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("stages", {}) if path.exists() else {}

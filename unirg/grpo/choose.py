@@ -6,7 +6,6 @@ without autocast: float32 wherever the weights are. The flash kernel, adapters o
 that are gathered in bfloat16 leave bfloat16.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -166,9 +165,9 @@ def check_kernel(stage: GrpoStage, policy: PolicyConfig, cuda: bool) -> None:
 
 
 def _kept_kernel(work: StageRun) -> Kernel | None:
-    path = work.run / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return cast(Kernel | None, manifest.get("forwards", {}).get(work.stage.name, {}).get("kernel"))
+    return cast(
+        Kernel | None, run_folder.read_manifest(work.run).get("forwards", {}).get(work.stage.name, {}).get("kernel")
+    )
 
 
 def _row(prompts: Sequence[EncodedPrompt], answers: Answers, budget: int) -> list[PackedStudy]:
