@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from unirg import checkpoint, ranks, watchdog
+from unirg import checkpoint, process, ranks, watchdog
 
 
 def median(action: Callable[[], object], times: int) -> float:
@@ -70,6 +70,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         meetings()
+        process.end(0)
     else:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -80,7 +80,7 @@ def recipe(run: Path, steps: int, way: str, wide: bool) -> dict[str, Any]:
 
 def one_rank(run: Path) -> None:
     """The stage on this rank; writes each step's seconds and CPU seconds, and the events of its parts."""
-    from unirg import steps, training
+    from unirg import process, steps, training
     from unirg.recipe.load import load_recipe
     from unirg.scoring.worker_process import Worker
     from unirg.stages import run_stage
@@ -126,6 +126,7 @@ def one_rank(run: Path) -> None:
     run_stage(resolved, run, resolved.stages[0])
     rank = os.environ.get("RANK", "0")
     (run / f"rank{rank}.json").write_text(json.dumps({"steps": measured, "events": events}))
+    process.end(0)
 
 
 def measure(folder: Path, ranks: int, way: str, steps: int, wide: bool) -> list[dict[str, Any]]:

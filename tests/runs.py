@@ -10,6 +10,8 @@ from unirg import run as run_folder
 from unirg.recipe.load import dump_recipe, load_recipe
 
 STAGES = ("vision", "sft", "grpo")
+ENDS = "import unirg.process\ntorch.distributed.destroy_process_group()\nunirg.process.end(0)\n"
+"""As a run's ranks end: the interpreter's own end may meet one of torch's threads, and abort."""
 
 
 def prepare(folder: Path, name: str, recipe: str, reward: str, *overrides: str) -> Path:
@@ -34,7 +36,7 @@ def trajectory(run: Path) -> list[dict[str, Any]]:
 def on_two_ranks(folder: Path, script: str, *arguments: str) -> None:
     """Runs a script of Python on two ranks; each ends by saying that it found `the same`."""
     path = folder / "script.py"
-    path.write_text(script)
+    path.write_text(script + ENDS)
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path), *arguments]
     here = environment(PYTHONPATH=str(Path(__file__).parents[1]))
     done = subprocess.run([sys.executable, *run], capture_output=True, text=True, env=here)

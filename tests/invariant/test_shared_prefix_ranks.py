@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from tests import families
 from tests.conftest import invented_studies
 from tests.parity import LENGTHS, assert_same_gradients, encode, gradients, random_answers, wide_policy
-from unirg import zero3
+from unirg import process, zero3
 from unirg.distributed import distribute, sum_gradients, whole_tensor
 from unirg.grpo.forward import AnswerScores, answer_logps
 from unirg.grpo.shared_prefix import packed_logps, prepare
@@ -74,8 +74,7 @@ def one_rank(folder: Path, sharded: str) -> None:
         one_family(build, folder / build.__name__, accelerator, sharded)
     accelerator.wait_for_everyone()
     torch.distributed.destroy_process_group()
-    # All is on disk. Once in many runs a rank aborted after this: the interpreter's end met one of torch's threads.
-    os._exit(0)
+    process.end(0)
 
 
 def lay_out(policy: Policy, strategy: str, accelerator: Accelerator, half: bool = False) -> None:

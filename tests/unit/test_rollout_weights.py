@@ -66,7 +66,6 @@ def assert_shards_are_put_together(tmp_path: Path, strategy: str) -> None:
 SHARDS = """
 import sys
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from tests.conftest import TINY
 from tests.unit.test_rollout_weights import with_adapters
@@ -86,7 +85,6 @@ assert list(whole) == list(sharded)
 for name, value in whole.items():
     torch.testing.assert_close(sharded[name], value, rtol=0, atol=1e-6)
 print("the same", flush=True)
-dist.destroy_process_group()
 """
 
 
