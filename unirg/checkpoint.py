@@ -89,14 +89,14 @@ def load(
     """Reads a checkpoint into `weights` and `optimiser` and returns its state; None where the folder has none.
 
     It is the one that `latest` names, or else the newest; one that is not whole is passed over, in words that go to
-    `warn`, for the one before it. With `step` it is that one and no other, of a stage's folder `best`. All ranks call
-    it, and come to the same.
+    `warn`, for the one before it. With `step` it is that one, of a stage's folder `best`, or else one before it. All
+    ranks call it, and come to the same.
 
     Raises UserError where there are checkpoints and none is whole, ValueError where the one found is of another policy.
     """
     names: list[str] = ranks.everyones(_candidates(folder))[0]
     if step is not None:
-        names = [name_of(step)]
+        names = [name_of(step), *(name for name in sorted(names, reverse=True) if name < name_of(step))]
     problems = []
     for name in names:
         problem = "; ".join(words for words in ranks.everyones(_problem(folder / name)) if words)

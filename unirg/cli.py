@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import unirg
-from unirg.errors import UserError
+from unirg.errors import UserError, tell
 from unirg.signals import Stopped
 
 Add = Callable[..., argparse.ArgumentParser]
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        print(error, file=sys.stderr)
+        tell(error)
         return 2
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

@@ -27,7 +27,7 @@ from unirg import run as run_folder
 from unirg.check import check, check_settings, check_shares, read_films
 from unirg.data import fingerprint, load_studies
 from unirg.distributed import beside_engine, distribute, filled, outline
-from unirg.errors import UserError
+from unirg.errors import UserError, tell
 from unirg.evaluation.dev import dev_evaluation, dev_studies
 from unirg.evaluation.run import max_new_tokens, report_writer, stage_predictions
 from unirg.policy import Policy, blank_prompt, load_policy, vision_tower
@@ -381,7 +381,7 @@ def _stages_alone(run: Path, names: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        print(f"{told}: {error}", file=sys.stderr)
+        tell(error, f"{told}: ")
         return 2
     return 0
 

@@ -212,11 +212,11 @@ class Steps:
         together = work.accelerator.num_processes == 1 or isinstance(error, (signals.Stopped, RanksStop))
         if together and work.stoppable and step > self.on_disk:
             self.save()
-        where = f"from step {self.on_disk} of stage {work.stage.name}"
+        where = f"from {f'step {self.on_disk}' if self.on_disk else 'the start'} of stage {work.stage.name}"
         if isinstance(error, signals.Stopped):
             error.goes_on = where
-        else:
-            work.warn(f"the same command goes on {where}")
+        elif work.accelerator.is_main_process or not isinstance(error, RanksStop):
+            error.add_note(f"the same command goes on {where}")
 
 
 def optimise(
@@ -250,7 +250,9 @@ def optimise(
     steps.resume()
     steps.run(step_metrics, evaluate)
     if state["best_step"] is not None:
-        checkpoint.load(work.folder / "best", weights, None, step=state["best_step"], warn=work.warn)
+        kept = checkpoint.load(work.folder / "best", weights, None, step=state["best_step"], warn=work.warn)
+        assert kept is not None
+        state["best"] = kept["best"]  # where the best is damaged, that of the one before
     if work.policy.engine is not None:
         zero3.end(work.policy.engine)
         work.policy.engine = None

@@ -233,6 +233,25 @@ def test_the_best_that_a_checkpoint_names_outlasts_better_ones_of_a_killed_run(t
     assert torch.equal(layer.weight, after[0])
 
 
+def test_a_damaged_best_gives_way_to_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    after: list[torch.Tensor] = []
+    with pytest.raises(ZeroDivisionError):
+        trained_with_evaluations(tmp_path / "run", [0.1, 0.2, 0.0, "killed"], after, checkpoint_every=3)
+    damage(tmp_path / "run" / "stages" / "s" / "best" / "step-000002")
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    layer, _ = trained_with_evaluations(tmp_path / "run", [0.0], checkpoint_every=3, steps=4)
+    assert torch.equal(layer.weight, after[0])
+    assert "step-000002: weights-0000-000.safetensors has 0 bytes, expected" in capsys.readouterr().out
+    assert run_folder.read_manifest(tmp_path / "run")["stages"]["s"]["best"] == 0.1
+    damage(tmp_path / "other" / "stages" / "s" / "best" / "step-000001")
+    with pytest.raises(UserError, match=r"best: no checkpoint is whole .*step-000002.*step-000001"):
+        trained_with_evaluations(tmp_path / "other", [0.0], checkpoint_every=3, steps=4)
+
+
+def damage(step: Path) -> None:
+    (step / "weights-0000-000.safetensors").write_bytes(b"")
+
+
 def trained_with_evaluations(
     folder: Path,
     figures: Sequence[float | str],

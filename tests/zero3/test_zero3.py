@@ -74,7 +74,7 @@ def test_a_gradient_that_is_no_number_makes_no_step(tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert "stage sft, step 2: the loss is nan, the gradient nan; it changed no weight" in done.stderr
-    assert "the same command goes on from step 1 of stage sft" in done.stdout
+    assert "the same command goes on from step 1 of stage sft" in done.stderr
 
 
 def test_a_rollout_engine_gets_whole_weights_with_adapters(tmp_path: Path) -> None:
