@@ -136,11 +136,14 @@ def test_evaluations_are_the_hugging_face_engines(colocated: Path) -> None:
     same_evaluations_as_by_hugging_face(colocated)
 
 
-def test_two_ranks_with_sharded_weights_sample_the_same(colocated: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_two_ranks_with_sharded_weights_sample_the_same(colocated: Path, tmp_path: Path, strategy: str) -> None:
     """An engine on each rank, filled from shards; and then one on the first alone, for the evaluation."""
+    if strategy == "zero3":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (make test-vllm)")
     write_recipe(tmp_path)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    finish(start(tmp_path, *torchrun, overrides=("distributed.strategy=fsdp2", *SHORT)))
+    finish(start(tmp_path, *torchrun, overrides=(f"distributed.strategy={strategy}", *SHORT)))
     for one, two in zip(metrics(colocated), metrics(tmp_path)):
         assert two["reward"] == pytest.approx(one["reward"], abs=1e-6)
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
