@@ -28,10 +28,10 @@ from unirg import sft
 from unirg.data import load_studies
 from unirg.grpo import loop
 from unirg.plan.compute import stage_cost
-from unirg.plan.machine import Machine, machine, measured_cpu
+from unirg.plan.machine import Cluster, Machine, machine, measured_cpu
 from unirg.plan.memory import weights_of
 from unirg.plan.policy import plan_policy
-from unirg.plan.stage import plan_stage
+from unirg.plan.stage import Setting, plan_stage
 from unirg.recipe.load import load_recipe
 from unirg.recipe.schema import GrpoStage, OptimiserConfig, Recipe, SftStage, StageConfig
 from unirg.rollout.hf import HFSampler
@@ -60,18 +60,8 @@ def compare(
         longest = statistics.median(row["completions/max_length"] for row in rows)
         lengths = replace(lengths, report=round(mean), longest_report=round(longest))
     cost = stage_cost([(policy, 1.0)], lengths, recipe, stage, world)
-    planned = plan_stage(
-        recipe,
-        stage,
-        weights_of(policy, stage),
-        cost,
-        lengths,
-        device,
-        nodes=1,
-        gpus=world,
-        sampling_gpus=0,
-        reward_seconds={},
-    )
+    weights = weights_of(policy, stage)
+    planned = plan_stage(Setting(recipe, stage, weights, cost, lengths, Cluster(device, gpus=world), {}))
     predicted = {name: phase["seconds"] for name, phase in planned["phases"].items()}
     measured = {name: statistics.median(row.get(name, 0.0) for row in rows) for name in rows[0] if "time/" in name}
     pairs = {

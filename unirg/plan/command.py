@@ -6,17 +6,18 @@ import io
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from unirg.check import check_shares
 from unirg.errors import UserError
 from unirg.plan.compute import stage_cost
 from unirg.plan.disk import run_bytes
-from unirg.plan.machine import RESERVE, Machine, machine
+from unirg.plan.machine import RESERVE, Cluster, machine
 from unirg.plan.memory import weights_of
 from unirg.plan.policy import Given, Lengths, in_depth, parameters, plan_policy
-from unirg.plan.stage import REWARD_SECONDS, VLLM_ROWS, check_world, plan_stage
+from unirg.plan.stage import REWARD_SECONDS, VLLM_ROWS, Setting, plan_stage
 from unirg.plan.view import show
 from unirg.recipe.load import load_recipe
 from unirg.recipe.schema import Recipe
@@ -35,10 +36,7 @@ def plan(arguments: argparse.Namespace) -> int:
     lengths = {key: value for key, name in names.items() if (value := getattr(arguments, name)) is not None}
     found = make_plan(
         recipe,
-        machine(arguments.gpu, share),
-        gpus=arguments.gpus,
-        nodes=arguments.nodes,
-        sampling_gpus=arguments.sampling_gpus,
+        Cluster(machine(arguments.gpu, share), arguments.nodes, arguments.gpus, arguments.sampling_gpus),
         config=arguments.config,
         given=Given(**lengths) if lengths else None,
         reward_seconds=parse_seconds(arguments.reward_seconds, recipe),
@@ -77,25 +75,23 @@ def parse_seconds(texts: Sequence[str], recipe: Recipe) -> dict[str, float]:
 
 def make_plan(
     recipe: Recipe,
-    device: Machine,
+    cluster: Cluster,
     *,
-    gpus: int = 1,
-    nodes: int = 1,
-    sampling_gpus: int = 0,
-    config: Path | None = None,
-    given: Given | None = None,
-    reward_seconds: Mapping[str, float] | None = None,
+    config: Path | None,
+    given: Given | None,
+    reward_seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """The whole plan as what `--json` prints."""
-    check_world(recipe, nodes, gpus)
+    for stage in recipe.stages:
+        check_shares(stage, cluster.world)
     servers = recipe.rollout.engine == "vllm" and recipe.rollout.vllm.mode == "server"
-    if sampling_gpus and not servers:
+    if cluster.sampling_gpus and not servers:
         raise UserError(
             "--sampling-gpus: the recipe samples on the training GPUs; set rollout.engine=vllm, "
             "rollout.vllm.mode=server and rollout.vllm.servers=[...]"
         )
-    engines = (sampling_gpus or len(recipe.rollout.vllm.servers)) if servers else 0
-    world = nodes * gpus
+    if servers and not cluster.sampling_gpus:
+        cluster = replace(cluster, sampling_gpus=len(recipe.rollout.vllm.servers))
     with contextlib.redirect_stderr(io.StringIO()):  # transformers' advice on loading is not about a plan
         policy, lengths = plan_policy(recipe, config, given)
         policies = in_depth(recipe, policy)
@@ -106,37 +102,25 @@ def make_plan(
         alike = stage.model_copy(update={"name": "", "sees": "", "steps": 1, "start": None, "data": None})
         cost = next((cost for other, cost in done if other == alike), None)
         if cost is None:
-            cost = stage_cost(policies, lengths, recipe, stage, world)
+            cost = stage_cost(policies, lengths, recipe, stage, cluster.world)
             done.append((alike, cost))
-        stages.append(
-            plan_stage(
-                recipe,
-                stage,
-                weights_of(policy, stage),
-                cost,
-                lengths,
-                device,
-                nodes=nodes,
-                gpus=gpus,
-                sampling_gpus=engines,
-                reward_seconds=reward_seconds or {},
-            )
-        )
+        weights = weights_of(policy, stage)
+        stages.append(plan_stage(Setting(recipe, stage, weights, cost, lengths, cluster, reward_seconds)))
     return {
         "recipe": recipe.name,
         "policy": recipe.policy.model or "tiny",
         "parameters": parameters(policy),
         "trained_parameters": sum(p.numel() for p in policy.model.parameters() if p.requires_grad),
-        "machine": asdict(device),
-        "nodes": nodes,
-        "gpus": gpus,
-        "sampling_gpus": engines,
-        "strategy": recipe.distributed.strategy if world > 1 else "one process",
+        "machine": asdict(cluster.machine),
+        "nodes": cluster.nodes,
+        "gpus": cluster.gpus,
+        "sampling_gpus": cluster.sampling_gpus,
+        "strategy": recipe.distributed.strategy if cluster.world > 1 else "one process",
         "engine": recipe.rollout.engine,
         "lengths": _lengths(lengths),
         "disk": run_bytes(recipe, policy),
         "stages": stages,
-        "assumptions": assumptions(recipe, device, lengths, nodes, world),
+        "assumptions": assumptions(recipe, cluster, lengths),
     }
 
 
@@ -150,8 +134,9 @@ def _lengths(lengths: Lengths) -> dict[str, Any]:
     }
 
 
-def assumptions(recipe: Recipe, device: Machine, lengths: Lengths, nodes: int, world: int) -> list[str]:
+def assumptions(recipe: Recipe, cluster: Cluster, lengths: Lengths) -> list[str]:
     """What the figures stand on, one sentence each."""
+    device = cluster.machine
     if device.measured:
         said = [
             f"rates measured on this CPU, one rank alone: {device.single / 1e9:.0f} GFLOP/s in float32, "
@@ -165,9 +150,11 @@ def assumptions(recipe: Recipe, device: Machine, lengths: Lengths, nodes: int, w
             f"{device.compute_share:.0%} and memory {device.bandwidth_share:.0%}; {device.launch * 1e6:.0f} us to "
             f"start an operation; {RESERVE / 1e9:.1f} GB for CUDA, libraries and communication"
         ]
-        if world > 1:
-            speed, where = (device.network, "between nodes") if nodes > 1 else (device.node, "within the node")
-            said.append(f"{speed / 1e9:.0f} GB/s a GPU {where}; sharded weights are gathered while computing goes on")
+        if cluster.world > 1:
+            where = "between nodes" if cluster.nodes > 1 else "within the node"
+            said.append(
+                f"{cluster.link / 1e9:.0f} GB/s a GPU {where}; sharded weights are gathered while computing goes on"
+            )
     said.append(
         f"lengths: {lengths.source}; every study has a prompt of {len(lengths.prompt)} tokens (the longest has "
         f"{len(lengths.longest_prompt)}) and reports of {lengths.report} (the longest {lengths.longest_report})"

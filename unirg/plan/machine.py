@@ -47,6 +47,36 @@ class Machine:
         return self.name == "cpu"
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """So many nodes with so many training GPUs each, and GPUs of vLLM servers beside them."""
+
+    machine: Machine
+    nodes: int = 1
+    gpus: int = 1
+    sampling_gpus: int = 0
+
+    @property
+    def world(self) -> int:
+        """Ranks: one for each training GPU."""
+        return self.nodes * self.gpus
+
+    @property
+    def link(self) -> float:
+        """Bytes per second from one rank to the next: the slowest on the way round."""
+        return self.machine.network if self.nodes > 1 else self.machine.node
+
+    @property
+    def around(self) -> float:
+        """What a rank sends where all come to hold the whole of what is sharded over them, as a share of it."""
+        return (self.world - 1) / self.world
+
+    @property
+    def memory(self) -> float:
+        """Bytes for a rank: those of its GPU, or its share of this machine's."""
+        return self.machine.memory / (self.gpus if self.machine.cpu else 1)
+
+
 GPUS = {
     "h100": Machine("h100", 989e12, 67e12, 3.35e12, 80e9, node=450e9),
     "h200": Machine("h200", 989e12, 67e12, 4.8e12, 141e9, node=450e9),

@@ -1,14 +1,14 @@
 """A stage's plan: memory, tokens and FLOPs by phase, seconds by phase, what bounds it."""
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from unirg.errors import UserError
 from unirg.grpo.loop import scores_decide
 from unirg.plan.compute import Phase, Reports, StageCost
 from unirg.plan.disk import stage_bytes, written
-from unirg.plan.machine import Machine
+from unirg.plan.machine import Cluster
 from unirg.plan.memory import Weights, advice, moments, peak, shards
 from unirg.plan.policy import Lengths
 from unirg.recipe.schema import GrpoStage, Recipe, StageConfig, VisionStage
@@ -23,55 +23,43 @@ VLLM_ROWS = 256
 """Reports that one vLLM engine decodes at once: its default."""
 
 
-def link(machine: Machine, nodes: int) -> float:
-    """Bytes per second from one rank to the next: the slowest on the way round."""
-    return machine.network if nodes > 1 else machine.node
+@dataclass(frozen=True)
+class Setting:
+    """A stage with all that its plan follows from."""
+
+    recipe: Recipe
+    stage: StageConfig
+    weights: Weights
+    cost: StageCost
+    """Of a step on one of the cluster's ranks."""
+    lengths: Lengths
+    cluster: Cluster
+    reward_seconds: Mapping[str, float]
+    """For one report by a reward's or metric's label, where they were given."""
+
+    @property
+    def together(self) -> int:
+        """Steps that share a batch of reports."""
+        return self.stage.iterations if isinstance(self.stage, GrpoStage) else 1
 
 
-def plan_stage(
-    recipe: Recipe,
-    stage: StageConfig,
-    weights: Weights,
-    cost: StageCost,
-    lengths: Lengths,
-    machine: Machine,
-    *,
-    nodes: int,
-    gpus: int,
-    sampling_gpus: int,
-    reward_seconds: Mapping[str, float],
-) -> dict[str, Any]:
+def plan_stage(setting: Setting) -> dict[str, Any]:
     """What `unirg plan --json` says of a stage: bytes, seconds, tokens and FLOPs per step, over all ranks but for
     memory, which is one GPU's; and what comes beside its steps."""
-    world = nodes * gpus
-    together = stage.iterations if isinstance(stage, GrpoStage) else 1
-    phases: dict[str, Seconds] = {}
-    if lengths.reading is not None:
-        reads = stage.steps * stage.studies_per_step / world / together
-        if lengths.kept is not None:  # a rank reads each once, at most
-            reads = min(reads, lengths.kept)
-        phases["reading studies"] = _phase(lengths.reading * reads / stage.steps, "one CPU core")
-    if cost.sampling is not None:
-        for name, one in _writing(recipe, weights, cost.sampling, machine, nodes, world, sampling_gpus).items():
-            phases[name] = one | {key: one[key] / together for key in ("seconds", "tokens", "flops")}
-    for name, phase in cost.phases.items():
-        seconds, bound = phase.seconds(machine)
-        if name == "optimiser":  # each rank steps its own shard
-            seconds /= shards(recipe, stage, world)
-        phases[name] = _phase(seconds, bound, phase.tokens * world, phase.flops * world)
-    phases |= _network(recipe, stage, weights, cost, machine, nodes, world, phases)
+    recipe, stage, cost, cluster = setting.recipe, setting.stage, setting.cost, setting.cluster
+    machine, world = cluster.machine, cluster.world
+    phases = _phases(setting)
     step = sum(phase["seconds"] for phase in phases.values())
     if isinstance(stage, GrpoStage):
         sampling = sum(phases[name]["seconds"] for name in ("prefill", "decode"))
-        if stage.ahead and sampling_gpus:  # a copy of the policy takes its turn on the same device instead
+        if stage.ahead and cluster.sampling_gpus:  # a copy of the policy takes its turn on the same device instead
             step = max(sampling, step - sampling)
-        phases["rewards"] = _rewards(stage, reward_seconds, world, phases, step if stage.ahead else None)
+        phases["rewards"] = _rewards(setting, stage, phases, step if stage.ahead else None)
         step += phases["rewards"]["seconds"]
-    found = moments(recipe, stage, weights, cost, world, machine)
+    found = moments(recipe, stage, setting.weights, cost, world, machine)
     moment, needed = peak(found, machine)
-    memory = machine.memory / (gpus if machine.cpu else 1)
     slowest = max(phases, key=lambda name: phases[name]["seconds"])
-    beside = _beside(recipe, stage, weights, cost, machine, nodes, world, sampling_gpus, reward_seconds)
+    beside = _beside(setting)
     hours = (step * stage.steps + sum(part["seconds"] for part in beside.values())) / 3600
     planned = {
         "name": stage.name,
@@ -82,43 +70,57 @@ def plan_stage(
         "beside_steps": beside,
         "run_hours": hours,
         "gpu_hours": hours * world,
-        "sampling_gpu_hours": hours * sampling_gpus,
+        "sampling_gpu_hours": hours * cluster.sampling_gpus,
         "bound": f"{slowest} ({phases[slowest]['bound']}), {phases[slowest]['seconds'] / step:.0%} of a step",
         "tokens_per_forward": cost.forward_tokens,
         "memory": found,
         "memory_needed": needed,
         "memory_moment": moment,
-        "fits": needed <= memory,
-        "disk": stage_bytes(stage, weights) + weights.all,
+        "fits": needed <= cluster.memory,
+        "disk": stage_bytes(stage, setting.weights) + setting.weights.all,
         "unshared_flops": {name: value * world for name, value in cost.unshared.items()},
     }
     if not planned["fits"]:
         planned["try"] = advice(recipe, stage, found, machine, world)
-        planned["bound"] = f"memory: does not fit, needs {needed / 1e9:.0f} GB of {memory / 1e9:.0f} GB ({moment})"
+        planned["bound"] = (
+            f"memory: does not fit, needs {needed / 1e9:.0f} GB of {cluster.memory / 1e9:.0f} GB ({moment})"
+        )
     return planned
+
+
+def _phases(setting: Setting) -> dict[str, Seconds]:
+    """The phases of a step, but for its rewards."""
+    stage, cost, lengths, world = setting.stage, setting.cost, setting.lengths, setting.cluster.world
+    phases: dict[str, Seconds] = {}
+    if lengths.reading is not None:
+        reads = stage.steps * stage.studies_per_step / world / setting.together
+        if lengths.kept is not None:  # a rank reads each once, at most
+            reads = min(reads, lengths.kept)
+        phases["reading studies"] = _phase(lengths.reading * reads / stage.steps, "one CPU core")
+    if cost.sampling is not None:
+        for name, one in _writing(setting, cost.sampling).items():
+            phases[name] = one | {key: one[key] / setting.together for key in ("seconds", "tokens", "flops")}
+    for name, phase in cost.phases.items():
+        seconds, bound = phase.seconds(setting.cluster.machine)
+        if name == "optimiser":  # each rank steps its own shard
+            seconds /= shards(setting.recipe, stage, world)
+        phases[name] = _phase(seconds, bound, phase.tokens * world, phase.flops * world)
+    return phases | _network(setting, phases)
 
 
 def _phase(seconds: float, bound: str, tokens: float = 0.0, flops: float = 0.0) -> Seconds:
     return {"seconds": seconds, "bound": bound, "tokens": tokens, "flops": flops}
 
 
-def _beside(
-    recipe: Recipe,
-    stage: StageConfig,
-    weights: Weights,
-    cost: StageCost,
-    machine: Machine,
-    nodes: int,
-    world: int,
-    sampling_gpus: int,
-    reward_seconds: Mapping[str, float],
-) -> dict[str, dict[str, Any]]:
+def _beside(setting: Setting) -> dict[str, dict[str, Any]]:
     """What a stage does beside its steps: how often, and the seconds of all times together."""
-    count, size = written(stage, weights)
-    found: dict[str, dict[str, Any]] = {"checkpoints": {"count": count, "bytes": size, "seconds": size / machine.disk}}
+    stage, cost, evaluation = setting.stage, setting.cost, setting.recipe.evaluation
+    count, size = written(stage, setting.weights)
+    seconds = size / setting.cluster.machine.disk
+    found: dict[str, dict[str, Any]] = {"checkpoints": {"count": count, "bytes": size, "seconds": seconds}}
     if cost.evaluation is not None and stage.evaluate_every is not None:
-        phases = _writing(recipe, weights, cost.evaluation, machine, nodes, world, sampling_gpus)
-        metrics = {metric.log_label: seconds_of(metric, reward_seconds) for metric in recipe.evaluation.metrics}
+        phases = _writing(setting, cost.evaluation)
+        metrics = {metric.log_label: seconds_of(metric, setting.reward_seconds) for metric in evaluation.metrics}
         # Side by side, and on every rank all studies.
         scores = max((value for value in metrics.values() if value), default=0.0) * stage.evaluate_studies
         count = stage.steps // stage.evaluate_every
@@ -131,34 +133,27 @@ def _beside(
     return found
 
 
-def _writing(
-    recipe: Recipe,
-    weights: Weights,
-    reports: Reports,
-    machine: Machine,
-    nodes: int,
-    world: int,
-    sampling_gpus: int,
-) -> dict[str, Seconds]:
+def _writing(setting: Setting, reports: Reports) -> dict[str, Seconds]:
     """What the recipe's engine needs to write these reports of every rank."""
+    cluster, recipe = setting.cluster, setting.recipe
     if recipe.rollout.engine == "vllm":
-        return _vllm(recipe, weights, reports, machine, sampling_gpus or world, world)
+        return _vllm(setting, reports)
     phases = {}
     for name, phase in (("prefill", reports.prefill), ("decode", reports.decode)):
-        phases[name] = _phase(*phase.seconds(machine), phase.tokens * world, phase.flops * world)
-    if world > 1 and recipe.distributed.strategy != "ddp":
-        moved = (world - 1) / world * gathered_bytes(recipe, weights)
-        phases["weights for sampling"] = _phase(moved / link(machine, nodes), "network")
+        seconds, bound = phase.seconds(cluster.machine)
+        phases[name] = _phase(seconds, bound, phase.tokens * cluster.world, phase.flops * cluster.world)
+    if cluster.world > 1 and recipe.distributed.strategy != "ddp":
+        phases["weights for sampling"] = _phase(cluster.around * gathered_bytes(setting) / cluster.link, "network")
     return phases
 
 
-def _vllm(
-    recipe: Recipe, weights: Weights, reports: Reports, machine: Machine, engines: int, world: int
-) -> dict[str, Seconds]:
+def _vllm(setting: Setting, reports: Reports) -> dict[str, Seconds]:
     """vLLM's prefill and decode from first principles: at every decoded token the weights and the cache are read once.
 
     Raises UserError where its share of the memory holds no weights.
     """
+    recipe, weights, world = setting.recipe, setting.weights, setting.cluster.world
+    machine, engines = setting.cluster.machine, setting.cluster.sampling_gpus or world
     rows = world * reports.studies * reports.size / engines
     prompt = reports.prefill.tokens / reports.studies
     half = 2 if recipe.policy.dtype == "bfloat16" else 4
@@ -178,7 +173,7 @@ def _vllm(
     moving = (half * weights.count + at_once * kept * (prompt + reports.report / 2)) / bandwidth
     products = at_once * reports.decoded_flops / rate
     steps = max(rows / at_once * reports.report, reports.longest_report)
-    pushed = half * weights.count / link(machine, 2 if recipe.rollout.vllm.mode == "server" else 1)
+    pushed = half * weights.count / (machine.network if recipe.rollout.vllm.mode == "server" else machine.node)
     read, decoded = reports.prefill, reports.decode
     return {
         "prefill": _phase(read.flops * world / engines / rate, "compute", read.tokens * world, read.flops * world),
@@ -192,50 +187,38 @@ def _vllm(
     }
 
 
-def gathered_bytes(recipe: Recipe, weights: Weights) -> float:
+def gathered_bytes(setting: Setting) -> float:
     """Of the whole weights as ranks send them: FSDP2 sends its layers as autocast wants them, DeepSpeed as they are."""
-    if recipe.distributed.strategy == "zero3":
+    weights = setting.weights
+    if setting.recipe.distributed.strategy == "zero3":
         return weights.all
-    return weights.layered * (2 if recipe.policy.dtype == "bfloat16" else 4) + weights.rest * 4
+    return weights.layered * (2 if setting.recipe.policy.dtype == "bfloat16" else 4) + weights.rest * 4
 
 
-def _network(
-    recipe: Recipe,
-    stage: StageConfig,
-    weights: Weights,
-    cost: StageCost,
-    machine: Machine,
-    nodes: int,
-    world: int,
-    phases: Mapping[str, Seconds],
-) -> dict[str, Seconds]:
+def _network(setting: Setting, phases: Mapping[str, Seconds]) -> dict[str, Seconds]:
     """What ranks send each other, beyond what computing hides."""
-    if world == 1:
+    weights, cost, cluster = setting.weights, setting.cost, setting.cluster
+    strategy = setting.recipe.distributed.strategy
+    if cluster.world == 1:
         return {}
-    around, speed = (world - 1) / world, link(machine, nodes)
-    if recipe.distributed.strategy == "ddp" or isinstance(stage, VisionStage):
-        return {"gradients over ranks": _phase(2 * around * weights.trained / speed, "network")}
-    gathered = gathered_bytes(recipe, weights)
-    again = gathered if recipe.distributed.strategy == "zero3" else gathered - 4 * weights.rest
+    if strategy == "ddp" or isinstance(setting.stage, VisionStage):
+        return {"gradients over ranks": _phase(2 * cluster.around * weights.trained / cluster.link, "network")}
+    gathered = gathered_bytes(setting)
+    again = gathered if strategy == "zero3" else gathered - 4 * weights.rest
     ahead = cost.phases["forward"].passes + cost.phases.get("reference", Phase()).passes
     back = cost.phases["backward"].passes
-    sent = around / speed * (ahead * gathered + back * (again + weights.trained))
+    sent = cluster.around / cluster.link * (ahead * gathered + back * (again + weights.trained))
     hidden = sum(phases[name]["seconds"] for name in ("forward", "backward", "reference") if name in phases)
     return {"shards over ranks": _phase(max(0.0, sent - hidden), "network")}
 
 
-def _rewards(
-    stage: GrpoStage,
-    given: Mapping[str, float],
-    world: int,
-    phases: Mapping[str, Seconds],
-    step: float | None,
-) -> dict[str, Any]:
+def _rewards(setting: Setting, stage: GrpoStage, phases: Mapping[str, Seconds], step: float | None) -> dict[str, Any]:
     """What is waited for: rewards run side by side, one worker each on every rank, while reports are sampled (half of
     that time: those that end early) and during the first forward where scores do not decide what is trained; one step
     ahead (`step` seconds without them) during all of it."""
+    world = setting.cluster.world
     reports = stage.studies_per_step * stage.group_size / stage.iterations
-    seconds = {r.log_label: seconds_of(r, given) for r in stage.rewards}
+    seconds = {r.log_label: seconds_of(r, setting.reward_seconds) for r in stage.rewards}
     known = {label: value for label, value in seconds.items() if value is not None}
     slowest = max(known.values(), default=0.0) * reports / world
     hidden = 0.5 * phases["decode"]["seconds"] if step is None else step
@@ -254,20 +237,3 @@ def seconds_of(reward: RewardConfig, given: Mapping[str, float]) -> float | None
     if reward.log_label in given:
         return given[reward.log_label]
     return REWARD_SECONDS.get(reward.name)
-
-
-def check_world(recipe: Recipe, nodes: int, gpus: int) -> None:
-    """Raises UserError where studies do not divide by the ranks."""
-    from unirg.check import check_shares
-
-    for stage in recipe.stages:
-        check_shares(stage, nodes * gpus)
-
-
-def readable(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 2 * 3600:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{math.floor(seconds / 86400 * 10) / 10} days"

@@ -1,12 +1,11 @@
 """A plan as tables."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-from unirg.plan.stage import readable
 
 
 def show(plan: dict[str, Any]) -> None:
@@ -29,7 +28,7 @@ def show(plan: dict[str, Any]) -> None:
         console.print(_memory(stage, plan["machine"]["memory"]))
         console.print(_phases(stage))
         console.print(_beside(stage), highlight=False, soft_wrap=True)
-        said = f"{stage['name']}: {readable(stage['run_hours'] * 3600)}, {_gpu_hours([stage])}; "
+        said = f"{stage['name']}: {_readable(stage['run_hours'] * 3600)}, {_gpu_hours([stage])}; "
         console.print(f"{said}bound by {stage['bound']}", highlight=False, soft_wrap=True)
         if stage.get("try"):
             console.print(f"[red]does not fit[/red]; try {'; '.join(stage['try'])}", highlight=False, soft_wrap=True)
@@ -40,7 +39,7 @@ def show(plan: dict[str, Any]) -> None:
             said = f"[yellow]not counted[/yellow]: {names}; give --reward-seconds {unknown[0]}=SECONDS"
             console.print(said, highlight=False, soft_wrap=True)
     seconds = sum(stage["run_hours"] for stage in plan["stages"]) * 3600
-    said = f"{readable(seconds)}, {_gpu_hours(plan['stages'])}; at most {_gb(plan['disk'])} GB on disk"
+    said = f"{_readable(seconds)}, {_gpu_hours(plan['stages'])}; at most {_gb(plan['disk'])} GB on disk"
     console.print(f"\n[bold]all stages, one after another: {said}[/bold]", highlight=False, soft_wrap=True)
     for text in plan["assumptions"]:
         console.print(f"- {text}", highlight=False, soft_wrap=True)
@@ -48,10 +47,10 @@ def show(plan: dict[str, Any]) -> None:
 
 def _beside(stage: dict[str, Any]) -> str:
     """Steps, evaluations and checkpoints: how many, how long."""
-    parts = [f"{stage['steps']} steps of {readable(stage['step_seconds'])}"]
+    parts = [f"{stage['steps']} steps of {_readable(stage['step_seconds'])}"]
     for name, of in stage["beside_steps"].items():
         if of["count"] or of["seconds"]:
-            parts.append(f"{of['count']} {name if of['count'] != 1 else name[:-1]} {readable(of['seconds'])}")
+            parts.append(f"{of['count']} {name if of['count'] != 1 else name[:-1]} {_readable(of['seconds'])}")
     return f"{stage['name']}: {', '.join(parts)}"
 
 
@@ -99,3 +98,12 @@ def _count(numbers: float) -> str:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:,.1f}" if size >= 1e9 else f"{size / 1e9:.3f}"
+
+
+def _readable(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{math.floor(seconds / 86400 * 10) / 10} days"
