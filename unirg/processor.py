@@ -26,19 +26,20 @@ def is_text_only(config: Any) -> bool:
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
-def load_processor(source: str, *, trust_remote_code: bool = False) -> Any:
+def load_processor(source: str, *, trust_remote_code: bool = False, local_files_only: bool = False) -> Any:
     """The model's processor, or the tokenizer of a text-only one; Qwen's processor without its video half where
-    torchvision, which that half needs, is not installed."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    torchvision, which that half needs, is not installed. With `local_files_only` the hub is not asked."""
+    how = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+    config = AutoConfig.from_pretrained(source, **how)
     if is_text_only(config):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, **how)
     try:
-        return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoProcessor.from_pretrained(source, **how)
     except (ImportError, ValueError, TypeError):
         if is_torchvision_available():
             raise
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, **how)
+        image_processor = AutoImageProcessor.from_pretrained(source, **how)
         if not type(image_processor).__name__.startswith("Qwen"):
             raise
         return qwen_processor(image_processor, tokenizer, config.model_type)

@@ -1,7 +1,6 @@
 """The recipe's policy as shapes, and how long its prompts and reports are: from the data where they are there, else as
 given."""
 
-import contextlib
 import copy
 import math
 import statistics
@@ -12,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
 from unirg.data import load_studies
 from unirg.errors import UserError
-from unirg.policy import PROMPT_CACHE_BYTES, EncodedPrompt, Policy, vision_tower, with_lora
+from unirg.policy import PROMPT_CACHE_BYTES, EncodedPrompt, Policy, PolicyConfig, vision_tower, with_lora
 from unirg.processor import is_text_only, load_processor, qwen_processor, tokenizer_of
 from unirg.prompt import build_messages, report_text
 from unirg.recipe.schema import Recipe
@@ -65,6 +66,8 @@ def plan_policy(
     Raises UserError where there is no configuration of the model, or a film's size would have to be guessed.
     """
     settings = recipe.policy
+    if config is not None and settings.tiny is not None:
+        raise UserError(f"--config: the recipe builds its policy itself (policy.tiny); {config} would not be read")
     studies, why = _studies(recipe) if given is None else ([], "as given")
     if settings.tiny is not None:
         texts = [build_messages(study, recipe.prompt)[0]["content"][-1]["text"] for study in studies]
@@ -75,9 +78,11 @@ def plan_policy(
             model: Any = build_model(settings.tiny, tokenizer, recipe.seed)
         architecture = model.config
     else:
-        source = str(config or settings.model)
-        architecture = _config(source, settings.model if config is None else None, settings.trust_remote_code)
-        processor = _processor(source, settings.trust_remote_code)
+        source, local = _source(settings, config)
+        architecture = _config(
+            source, settings.trust_remote_code, local, "policy.model" if config is None else "--config"
+        )
+        processor = _processor(source, settings.trust_remote_code, local)
         if processor is None and studies:
             studies, why = [], f"{source} has no tokenizer here"
         if processor is not None and settings.image_size and hasattr(processor, "image_processor"):
@@ -151,25 +156,49 @@ def _studies(recipe: Recipe) -> tuple[list[Study], str]:
     return studies, ""
 
 
-def _config(source: str, named: str | None, trust: bool) -> PretrainedConfig:
+def _source(settings: PolicyConfig, config: Path | None) -> tuple[str, bool]:
+    """Where the model's files are: a folder, a file or a hub id; and whether only what is here may be asked for,
+    because the hub does not answer. It is asked once: transformers asks six times for each file, with pauses.
+
+    Raises UserError for what is neither here nor an id of the hub."""
+    source = str(config or settings.model)
+    if Path(source).exists():
+        return source, False
+    if config is not None:
+        raise UserError(f"--config: '{source}': there is no such file or folder")
     try:
-        with contextlib.suppress(OSError):  # what is here needs no network
-            return AutoConfig.from_pretrained(source, trust_remote_code=trust, local_files_only=True)
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust)
+        get_hf_file_metadata(hf_hub_url(source, "config.json"))
+    except HfHubHTTPError:  # it answers; transformers says better what is wrong
+        return source, False
+    except ValueError as error:
+        raise UserError(f"policy.model: '{source}': there is no such folder, and it is no id of the hub") from error
+    except (HTTPError, OSError):
+        return source, True
+    return source, False
+
+
+def _config(source: str, trust: bool, local: bool, key: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
-        key = f"policy.model: '{named}'" if named else f"--config: '{source}'"
+        if local:
+            raise UserError(
+                f"{key}: '{source}' is no folder here and not in the hub's cache, and the hub does not answer; name a "
+                "folder with the model, or give its config.json with --config, or have it fetched where there is a "
+                f"network: hf download {source} config.json"
+            ) from error
         raise UserError(
-            f"{key}: no model configuration could be read ({str(error).splitlines()[0]}); name a folder with its "
-            "config.json, or the file itself, with --config"
+            f"{key}: '{source}': no model configuration could be read ({str(error).splitlines()[0]}); name a folder "
+            "with its config.json, or the file itself, with --config"
         ) from error
 
 
-def _processor(source: str, trust: bool) -> Any | None:
+def _processor(source: str, trust: bool, local: bool) -> Any | None:
     """The processor, where the folder or the hub's cache has one: lengths can do without."""
     if Path(source).is_file():
         return None
     try:
-        return load_processor(source, trust_remote_code=trust)
+        return load_processor(source, trust_remote_code=trust, local_files_only=local)
     except (OSError, ValueError, TypeError, ImportError, AttributeError):
         return None
 
