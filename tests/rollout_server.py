@@ -22,7 +22,8 @@ from unirg.rollout.weights import receive_weights
 @dataclass
 class RolloutServer:
     """`script(path, number)` says what goes wrong with the request numbered from 0 for that path: None, a status,
-    "hang" (until the server ends), "drop" or "restart" (the connection closes, and the weights are forgotten)."""
+    "hang" (until the server ends), "abort" (reports are cut short, as by a vLLM that is told to end), "drop" or
+    "restart" (the connection closes, and the weights are forgotten)."""
 
     policy: Policy
     script: Callable[[str, int], str | int | None] = lambda path, number: None
@@ -58,9 +59,8 @@ class RolloutServer:
             wanted = body["sampling_params"]
             ids = self._first_tokens(body["token_ids"], wanted)
             content = [{"token": str(token), "logprob": -1.0} for token in ids]
-            choices = [
-                {"index": g, "token_ids": ids, "logprobs": {"content": content}} for g in reversed(range(wanted["n"]))
-            ]
+            choice = {"token_ids": ids, "logprobs": {"content": content}, "finish_reason": "length"}
+            choices = [choice | {"index": g} for g in reversed(range(wanted["n"]))]
             return {"choices": choices, "prompt_token_ids": self.reads(body["token_ids"])}
         return {"success": True}
 
@@ -96,11 +96,15 @@ def serve(policy: Policy, **settings: Any) -> Iterator[RolloutServer]:
                 server.version, server.loaded = None, {}
             if wrong == "hang":
                 server.over.wait()
-            if isinstance(wrong, str):
+            if isinstance(wrong, str) and wrong != "abort":
                 self.close_connection = True
                 return
-            content = json.dumps({"error": "as the script says"} if wrong else server.answer(path, body)).encode()
-            self.send_response(wrong or 200)
+            answer: Any = {"error": "as the script says"} if isinstance(wrong, int) else server.answer(path, body)
+            if wrong == "abort":
+                for choice in answer["choices"]:
+                    choice |= {"finish_reason": "abort", "token_ids": choice["token_ids"][:1]}
+            content = json.dumps(answer).encode()
+            self.send_response(wrong if isinstance(wrong, int) else 200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)

@@ -1,6 +1,8 @@
 """The sampler's end of vLLM servers, against a server that fails as a script says: what is asked, of whom, how often,
 and what is said when nobody answers. tests/vllm asks vLLM itself."""
 
+import os
+import signal
 import socket
 import threading
 import time
@@ -11,10 +13,11 @@ import pytest
 import torch
 
 from tests.rollout_server import RolloutServer, serve
+from unirg import signals
 from unirg.errors import UserError
 from unirg.policy import Policy, PolicyConfig, load_policy
 from unirg.prompt import PromptConfig
-from unirg.rollout import SamplingConfig, vllm_server, weights
+from unirg.rollout import SamplingConfig, vllm_client, vllm_server, weights
 from unirg.rollout.sampler import VllmConfig
 from unirg.rollout.vllm_inputs import NEVER
 from unirg.rollout.vllm_server import ServerSampler
@@ -92,12 +95,14 @@ def test_samples_follow_the_weights_of_every_push(policy: Policy, studies: list[
     assert seen[0] != seen[1] != seen[2]
 
 
-@pytest.mark.parametrize("wrong", [500, "drop", "restart"])
+@pytest.mark.parametrize("wrong", [500, "drop", "abort", "restart"])
 def test_a_server_that_fails_once_gets_the_rest_done(policy: Policy, studies: list[Study], wrong: str | int) -> None:
-    """A restarted one has other weights, whatever it answers: it gets them again first."""
+    """A restarted one has other weights, whatever it answers: it gets them again first. What it cut short is not taken
+    for a report."""
     with serve(policy, script=lambda path, number: wrong if (path, number) == (GENERATE, 1) else None) as server:
         groups = sample(sampler_of(policy, server), studies)
         assert [group[0].ids[0] for group in groups] == [first_token(policy, study) for study in studies]
+        assert {len(report.ids) for group in groups for report in group} == {2}
         assert server.pushes == (2 if wrong == "restart" else 1)
 
 
@@ -178,10 +183,11 @@ def test_a_refused_request_names_the_study_and_is_not_repeated(
 
 
 def test_an_error_does_not_wait_for_what_hangs(policy: Policy, studies: list[Study]) -> None:
-    """Its threads end with it: they would keep the process from ending, a signal's grace period long."""
-    told = threading.Event()
+    """Its threads end with it, and ask no other server: they would keep the process from ending, a signal's grace
+    period long."""
+    studies, told = studies * 4, threading.Event()
 
-    def script(path: str, number: int) -> str | int | None:
+    def refuse(path: str, number: int) -> str | int | None:
         if path != GENERATE:
             return None
         if number:
@@ -189,16 +195,74 @@ def test_an_error_does_not_wait_for_what_hangs(policy: Policy, studies: list[Stu
         told.wait(10)
         return 400
 
-    with serve(policy, script=script) as server:
-        sampler = sampler_of(policy, server, timeout=300.0)
+    def hang(path: str, number: int) -> str | None:
+        return "hang" if path == GENERATE else None
+
+    before = set(threading.enumerate())
+    with serve(policy, script=refuse) as one, serve(policy, script=hang) as two, serve(policy, script=hang) as three:
+        sampler = sampler_of(policy, one, two, three, timeout=300.0)
         threading.Timer(0.5, told.set).start()
         with pytest.raises(UserError, match="answered 400"):
             sample(sampler, studies)
-        for _ in range(500):
-            if not sampler.servers[0].open:
-                return
-            time.sleep(0.02)
-    raise AssertionError("requests are still open")
+        for thread in set(threading.enumerate()) - before:
+            if thread.name.startswith("ThreadPool"):
+                thread.join(10)
+                assert not thread.is_alive()
+
+
+def test_a_host_that_does_not_answer_is_given_up_soon(
+    policy: Policy, studies: list[Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To connect takes no computing: it has not the time of an answer."""
+    monkeypatch.setattr(vllm_client, "PROBE", 0.3)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        waiting = [socket.socket() for _ in range(3)]
+        for other in waiting:
+            other.setblocking(False)
+            other.connect_ex(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}"
+        config = VllmConfig(mode="server", servers=[url], timeout=10.0)
+        sampler = ServerSampler(policy, config, SamplingConfig(max_new_tokens=4))
+        prompts = [policy.encode(study) for study in studies]
+        seeds = [[0]] * len(prompts)
+        assert sampler.attempt(prompts, seeds, temperature=1.0, max_new_tokens=4) == [None] * len(prompts)
+        assert sampler.away == {url: "no answer in 0.3 s"}
+        for other in waiting:
+            other.close()
+
+
+def test_a_server_that_gives_some_is_waited_for_anew(
+    policy: Policy, studies: list[Study], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`wait` is about servers that stay away, not about one that is back and fails again; and nobody is said to have
+    waited while reports came."""
+    monkeypatch.setattr(vllm_server, "IN_FLIGHT", 1)
+    monkeypatch.setattr(vllm_server, "PAUSE", 0.6)
+    slow = 0.8
+
+    def every_second(path: str, number: int) -> str | None:
+        if path != GENERATE or number % 2:
+            return "drop" if path == GENERATE else None
+        time.sleep(slow if number == 0 else 0)
+        return None
+
+    with serve(policy, script=every_second) as server:
+        groups = sample(sampler_of(policy, server, wait=0.5), studies[:3])
+        assert [group[0].ids[0] for group in groups] == [first_token(policy, study) for study in studies[:3]]
+        assert server.paths.count(GENERATE) == 5
+    assert "rank 0 waited 0 s" in capsys.readouterr().out
+
+
+def test_a_stop_is_heard_while_servers_are_waited_for(policy: Policy, studies: list[Study]) -> None:
+    """As by several ranks, which signals do not interrupt: they ask each other."""
+    with serve(policy) as server:
+        pass
+    sampler = sampler_of(policy, server, wait=20.0)
+    with signals.handled():
+        signals.at_once(False)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(signals.Stopped, match="SIGTERM"):
+            sample(sampler, studies)
 
 
 @pytest.mark.parametrize(
@@ -257,12 +321,17 @@ def test_a_push_may_take_longer_than_an_answer(
 
 
 def test_a_push_that_a_server_does_not_take_ends(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other servers have all of theirs, though they were kept waiting for so long."""
     monkeypatch.setattr(vllm_server, "PROBE", 0.5)
-    with serve(policy, script=lambda path, number: "hang" if (path, number) == (RPC, 1) else None) as server:
-        sampler = sampler_of(policy, server, timeout=0.5)
+    with (
+        serve(policy, script=lambda path, number: "hang" if (path, number) == (RPC, 1) else None) as hung,
+        serve(policy) as well,
+    ):
+        sampler = sampler_of(policy, hung, well, timeout=0.5)
         sampler.sync_weights()
-        assert sampler.away == {server.url: "weights: 0 of 1 workers connected to 127.0.0.1 for weights"}
-        assert sampler.servers[0].open == set()
+        assert sampler.away == {hung.url: "weights: 0 of 1 workers connected to 127.0.0.1 for weights"}
+        assert well.version == sampler.version
+        assert sampler.servers[0].open == sampler.servers[1].open == set()
 
 
 def test_a_stream_of_weights_wants_its_token_and_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

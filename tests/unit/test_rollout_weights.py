@@ -101,7 +101,7 @@ def test_truncated_sampling_is_refused_with_its_reason(key: str) -> None:
         ({"servers": ["http://a:1"]}, "set rollout.vllm.mode=server"),
         ({"mode": "server", "servers": ["a:8000"]}, "'a:8000' is no address such as"),
         ({"mode": "server", "servers": ["http://a"]}, "'http://a' is no address such as"),
-        ({"mode": "server", "servers": ["http://a:1", "http://a:1"]}, "named twice"),
+        ({"mode": "server", "servers": ["http://a:1", "http://a:1/"]}, "named twice"),
     ],
 )
 def test_servers_that_cannot_be_are_refused(vllm: dict[str, Any], error: str) -> None:
@@ -124,7 +124,7 @@ def test_a_server_listens_here_alone_unless_told_otherwise() -> None:
     assert "--host" not in start and start.count("--dtype") == 1 and "--enforce-eager" in start
 
 
-@pytest.mark.parametrize("option", ["--data-parallel-size=2", "-dp"])
+@pytest.mark.parametrize("option", ["--data-parallel-size=2", "--data_parallel_size", "-dp"])
 def test_copies_behind_one_address_are_refused(option: str) -> None:
-    with pytest.raises(UserError, match=f"{option.partition('=')[0]}: .*start a server for each"):
+    with pytest.raises(UserError, match=f"{option.partition('=')[0].replace('_', '-')}: .*start a server for each"):
         command("m", [option, "2"], cuda=True)

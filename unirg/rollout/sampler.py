@@ -65,7 +65,7 @@ class VllmConfig(Section):
             parts = urlsplit(url)
             if parts.scheme != "http" or not parts.hostname or not parts.port or parts.path.strip("/"):
                 raise ValueError(f"rollout.vllm.servers: '{url}' is no address such as http://10.0.0.7:8000")
-        if len(set(self.servers)) < len(self.servers):
+        if len({url.rstrip("/") for url in self.servers}) < len(self.servers):
             raise ValueError("rollout.vllm.servers: an address is named twice")
         return self
 

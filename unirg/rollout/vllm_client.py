@@ -9,6 +9,9 @@ from urllib.parse import urlsplit
 
 from unirg.errors import UserError
 
+PROBE = 10.0
+"""Seconds for what takes no computing: a connection, an answer about itself."""
+
 
 class Fault(Exception):
     """A server did not answer as it should; it, or another, may do so later."""
@@ -26,14 +29,20 @@ class Server:
     def post(self, path: str, body: dict[str, Any], timeout: float | None) -> Any:
         """The JSON that the server answers. Raises Fault, or UserError where it refuses the request as such. Goes
         straight to the server: a proxy of the environment is for other networks than a cluster's own."""
-        connection = HTTPConnection(self.host, self.port, timeout=timeout)
+        limit: float | None = min(PROBE, timeout or PROBE)  # to connect
+        connection = HTTPConnection(self.host, self.port, timeout=limit)
         self.open.add(connection)
         try:
+            connection.connect()
+            connection.sock.settimeout(timeout)
+            if connection not in self.open:
+                raise Fault("broken off")
+            limit = timeout
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
             content = response.read()
         except TimeoutError as error:
-            raise Fault(f"no answer in {timeout:g} s") from error
+            raise Fault(f"no answer in {limit:g} s") from error
         except (OSError, HTTPException) as error:
             raise Fault(str(error) or type(error).__name__) from error
         finally:
@@ -61,5 +70,6 @@ class Server:
     def break_off(self) -> None:
         """Ends the requests that are open, and the waiting of their threads: vLLM drops those whose client has gone."""
         for connection in list(self.open):
+            self.open.discard(connection)  # one that is not connected yet sees this when it is
             with suppress(OSError, AttributeError):  # it may be at its end, or not at its beginning
                 connection.sock.shutdown(socket.SHUT_RDWR)

@@ -14,7 +14,7 @@ EXTENSION = "unirg.rollout.vllm_worker.WeightReceiver"
 def command(model: str, options: Sequence[str], cuda: bool) -> tuple[list[str], dict[str, str]]:
     """The command that starts the server, and what its environment must say. `options` are vLLM's own and come last,
     where they outdo the others. Raises UserError for those that weights cannot reach."""
-    given = {option.partition("=")[0] for option in options}
+    given = {option.partition("=")[0].replace("_", "-") for option in options}  # vLLM takes either
     if copies := sorted(option for option in given if option == "-dp" or option.startswith("--data-parallel")):
         raise UserError(
             f"{copies[0]}: vLLM's copies of a model behind one address answer for each other, and weights would reach "

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from unirg import ranks
+from unirg import ranks, signals, watchdog
 from unirg.errors import UserError
 from unirg.policy import EncodedPrompt, Policy
 from unirg.rollout.sampler import Sample, SamplingConfig, VllmConfig
-from unirg.rollout.vllm_client import Fault, Server
+from unirg.rollout.vllm_client import PROBE, Fault, Server
 from unirg.rollout.vllm_inputs import (
     PromptInputs,
     architecture,
@@ -45,8 +45,6 @@ console = Console()
 
 IN_FLIGHT = 64
 """Requests that a rank has open at once, so that `timeout` is about work and not about waiting for a turn."""
-PROBE = 10.0
-"""Seconds for an answer that takes no computing."""
 PAUSE = 30.0
 """The longest pause between two tries, in seconds."""
 
@@ -67,6 +65,10 @@ class ServerSampler:
         self.away: dict[str, str] = {}
         """Why a server is left alone, by its address."""
         self.told: set[str] = set()
+        self.asking, self.closed = False, False
+        """Whether a round is under way, and whether the sampler was closed: what is left of one asks nobody else."""
+        self.heard = time.monotonic()
+        """When a server last answered this rank, or it began to ask (a monotonic clock)."""
 
     @property
     def version(self) -> str:
@@ -169,7 +171,8 @@ class ServerSampler:
                 closing(WeightStream(server.host, server.port, workers, timeout)) as stream,
                 ThreadPoolExecutor(1) as pool,
             ):
-                where = (*stream.address, stream.token, timeout)
+                # Longer than another server may keep this one waiting for its next tensor, or both would be torn.
+                where = (*stream.address, stream.token, timeout + 3 * PROBE)
                 # It answers when all is there: a time limit on the whole would be one on the model's size.
                 fetch = pool.submit(server.workers, "unirg_fetch", *where, timeout=None)
                 torn: OSError | None = None
@@ -215,18 +218,17 @@ class ServerSampler:
             self.sync_weights()
         parameters = [sampling_parameters(self.policy, own, temperature, max_new_tokens) for own in seeds]
         groups: dict[int, list[Sample]] = {}
-        began, away_since, pause = time.monotonic(), None, 1.0
-
         keep = _keeper(groups, seeds, temperature, finished)
+        self.heard, away_since, pause = time.monotonic(), None, 1.0
         while True:
             left = [i for i in range(len(prompts)) if i not in groups]
             refusal = self._round(prompts, parameters, left, keep)
             now = time.monotonic()
             waiting = [prompts[i].study_id for i in left if i not in groups]
-            if waiting and away_since is None:
+            if away_since is None or self.heard > away_since:
                 away_since = now
-            over = away_since is not None and now - away_since >= self.config.wait
-            line = self._who_waits(waiting, now - began) if waiting else None
+            over = bool(waiting) and now - away_since >= self.config.wait
+            line = self._who_waits(waiting, now - self.heard) if waiting else None
             everyones = ranks.everyones((refusal, line, over))
             if refusals := [text for text, _, _ in everyones if text is not None]:
                 raise UserError("\n".join(dict.fromkeys(refusals)))
@@ -237,7 +239,7 @@ class ServerSampler:
                 raise UserError("\n".join(lines))
             if line is not None:
                 console.print(f"[yellow]{line}; asking again[/yellow]", highlight=False, soft_wrap=True)
-            time.sleep(pause)
+            _pause(pause)
             pause = min(2 * pause, PAUSE)
             self._push()
 
@@ -273,6 +275,7 @@ class ServerSampler:
         """One try at each of the studies in `left`, kept as they come. Returns why the run must end, if it must."""
         if not left:
             return None
+        self.asking = True
         pool = ThreadPoolExecutor(min(IN_FLIGHT, len(left)))
         try:
             asked = {pool.submit(self._group, i, prompts[i], parameters[i]): i for i in left}
@@ -282,6 +285,7 @@ class ServerSampler:
         except UserError as error:
             return str(error)
         finally:  # what is still open here belongs to a round that an error or a signal has ended
+            self.asking = False
             pool.shutdown(wait=False, cancel_futures=True)
             for server in self.servers:
                 server.break_off()
@@ -292,7 +296,7 @@ class ServerSampler:
         body = self.inputs.request(prompt) | {"sampling_params": parameters}
         for k in range(len(self.servers)):
             server = self.servers[(i + k + ranks.rank()) % len(self.servers)]
-            if server.url not in self.away:
+            if self.asking and not self.closed and server.url not in self.away:
                 try:
                     return self._ask(server, prompt, body)
                 except Fault as fault:
@@ -311,6 +315,9 @@ class ServerSampler:
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if len(choices) != body["sampling_params"]["n"] or not all(choice["token_ids"] for choice in choices):
             raise Fault(f"answered {len(choices)} of {body['sampling_params']['n']} reports of study {prompt.study_id}")
+        if any(choice["finish_reason"] not in ("stop", "length") for choice in choices):
+            raise Fault(f"broke off reports of study {prompt.study_id}")  # as one that is told to end does, with 200
+        self.heard = time.monotonic()
         return [
             make_sample(self.policy, choice["token_ids"], [at["logprob"] for at in choice["logprobs"]["content"]])
             for choice in choices
@@ -318,6 +325,7 @@ class ServerSampler:
 
     def close(self) -> None:
         """Breaks off what is still open; the servers stay up."""
+        self.closed = True
         for server in self.servers:
             server.break_off()
 
@@ -336,6 +344,17 @@ def _keeper(
             finished(i, g, sample)  # type: ignore[misc]
 
     return keep
+
+
+def _pause(seconds: float) -> None:
+    """Waits, then for the other ranks to be there too. Raises signals.Stopped on all where any was asked to stop: ranks
+    that hear a signal only where they meet would wait on, and be killed."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not signals.asked():
+        time.sleep(0.1)
+    if number := ranks.largest(signals.asked()):
+        raise signals.Stopped(number)
+    watchdog.goes_on()
 
 
 def _vllm_processor(policy: Policy) -> Any | None:
