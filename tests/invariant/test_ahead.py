@@ -111,6 +111,22 @@ def test_killed_then_stopped_and_gone_on_to_the_last_bit(ahead: Path, tmp_path: 
     assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
 
 
+def test_a_stop_does_not_leave_the_thread_that_samples(tmp_path: Path) -> None:
+    """Before the first step there is nothing to save, and so nothing that waits for it; left in torch's C++ code when
+    the interpreter ends, it would abort the process: a scheduler would see a crash, not a stop."""
+    few = ["stages.vision.steps=1", "stages.sft.steps=1", "stages.grpo.ahead=true"]
+    run = start(tmp_path, "run", *few, "stages.grpo.group_size=16", "stages.grpo.sampling.max_new_tokens=400")
+    with subprocess.Popen(
+        command(run), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = next(line for line in process.stdout if "packed and dense" in line)  # the next batch is under way
+        process.send_signal(signal.SIGTERM)
+        said += process.stdout.read()
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "stopped by SIGTERM" in said
+
+
 def test_two_ranks(ahead: Path, tmp_path: Path) -> None:
     run = start(tmp_path, "run", *OPTIONS)
     run_stages(run, ranks=2)

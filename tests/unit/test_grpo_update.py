@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 
 from tests.conftest import REPORTS, TINY
-from unirg.errors import UserError
 from unirg.grpo.choose import choose_forward, share_prompts
 from unirg.grpo.forward import Forward
 from unirg.grpo.loop import check_sampler, first_pass, load_reference, update
@@ -22,7 +21,7 @@ from unirg.prompt import PromptConfig
 from unirg.recipe.schema import Recipe
 from unirg.rollout.hf import HFSampler
 from unirg.study import Study
-from unirg.training import StageRun, Stopwatch
+from unirg.training import RanksStop, StageRun, Stopwatch
 
 ADVANTAGES = (1.2, -0.4, 0.3, -1.1)
 
@@ -193,5 +192,5 @@ def test_reports_of_another_model_end_the_run(tiny_policy: Policy, studies: list
     check_sampler(work, update(work, groups, counts(groups), forward, None, Stopwatch()))
     for group in groups:
         group.samples = [replace(sample, logps=tuple(p - 0.6 for p in sample.logps)) for sample in group.samples]
-    with pytest.raises(UserError, match=r"stage g: .* are 0\.60 nats a token from the trainer's"):
+    with pytest.raises(RanksStop, match=r"stage g: .* are 0\.60 nats a token from the trainer's"):
         check_sampler(work, update(work, groups, counts(groups), forward, None, Stopwatch()))

@@ -1,12 +1,15 @@
 """Rollouts: what is sampled, and that its log-probs are those that training sees."""
 
+from concurrent.futures import CancelledError
+
 import pytest
 import torch
 
 from unirg.grpo.forward import answer_logps
 from unirg.policy import Policy
 from unirg.rollout import Sample, generate_reports, request_seed
-from unirg.rollout.hf import HFSampler
+from unirg.rollout.hf import CopySampler, HFSampler
+from unirg.scoring.job_thread import JobThread
 from unirg.study import Study
 
 
@@ -39,6 +42,17 @@ def test_each_sample_is_told_once_as_it_is_finished(tiny_policy: Policy, studies
     for first in (0, 8):  # in each decoding the shortest come first
         lengths = [len(sample.ids) for _, _, sample in told[first : first + 8]]
         assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+
+
+def test_a_closed_sampler_ends_at_its_next_token(tiny_policy: Policy, studies: list[Study]) -> None:
+    tiny_policy.stop_ids = ()
+    sampler, thread = CopySampler(tiny_policy), JobThread("sampling")
+    prompts = [tiny_policy.encode(study) for study in studies]
+    sampling = thread.later(lambda: sampler.sample(prompts, [[0]] * 4, temperature=1.0, max_new_tokens=100_000))
+    sampler.close()
+    with pytest.raises(CancelledError):
+        sampling.result(timeout=20)
+    thread.end()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

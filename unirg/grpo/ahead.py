@@ -50,8 +50,8 @@ class Ahead:
             self._fill(rollouts, batch, watch)
         else:
             return None
-        self._future = self._restored = None
         self._taken = batch, rollouts[0]
+        self._future = self._restored = None
         return rollouts
 
     def wait(self) -> None:
@@ -86,7 +86,10 @@ class Ahead:
         self._restored = state
 
     def end(self) -> None:
-        """Ends the thread, when it has nothing left to do."""
+        """Ends the thread, and the sampler where that is still at work: in torch's C++ code when the interpreter ends,
+        the thread would abort the process."""
+        if self._future is not None and not self._future.done():
+            self._sampler.close()
         self._thread.end()
 
     def _fill(self, rollouts: Rollouts, batch: int, watch: Stopwatch) -> None:

@@ -23,11 +23,10 @@ from typing import Any
 import torch
 
 from unirg import run as run_folder
-from unirg.errors import UserError
 from unirg.grpo.ahead import Ahead
 from unirg.grpo.choose import choose_forward, share_prompts
 from unirg.grpo.forward import AnswerScores, Forward, plan_forwards
-from unirg.grpo.loss import Normaliser, grpo_loss, sampler_correction, sampler_metrics
+from unirg.grpo.loss import LossResult, Normaliser, grpo_loss, sampler_correction, sampler_metrics
 from unirg.grpo.monitors import monitors
 from unirg.grpo.rollouts import Group, collect_scores, judge_rollouts, prepare_scoring, sample_groups, without_scores
 from unirg.policy import EncodedPrompt, Policy, load_policy
@@ -35,7 +34,7 @@ from unirg.recipe.schema import GrpoStage
 from unirg.rollout import ApartSampler, Sampler
 from unirg.scoring.engine import ScoringEngine
 from unirg.steps import optimise
-from unirg.training import StageRun, Stopwatch
+from unirg.training import RanksStop, StageRun, Stopwatch
 
 
 def run_grpo(
@@ -102,8 +101,12 @@ def run_grpo(
         return evaluate()
 
     evaluate_then = None if evaluate is None else evaluate_alone
-    optimise(work, work.policy.model, step_metrics, evaluate=evaluate_then, boundary=stage.iterations, carried=ahead)
-    ahead.end()
+    try:
+        optimise(
+            work, work.policy.model, step_metrics, evaluate=evaluate_then, boundary=stage.iterations, carried=ahead
+        )
+    finally:
+        ahead.end()
 
 
 GAP = 0.5
@@ -112,10 +115,10 @@ precision and kernels make, and less than where an engine reads a model's config
 
 
 def check_sampler(work: StageRun, metrics: dict[str, float]) -> None:
-    """Raises UserError, before the step changes a weight, where the reports are plainly not the policy's own."""
+    """Raises RanksStop, before the step changes a weight, where the reports are plainly not the policy's own."""
     gap = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
-    if gap > GAP:
-        raise UserError(
+    if gap > GAP:  # of all ranks' reports
+        raise RanksStop(
             f"stage {work.stage.name}: the sampled reports' log-probs are {gap:.2f} nats a token from the trainer's; "
             f"rollout.engine {work.recipe.rollout.engine} samples from another model than the one that is trained. Set "
             "rollout.engine=hf for this model"
@@ -211,59 +214,69 @@ def update(
 ) -> dict[str, float]:
     """Forward and backward over the rank's groups; metrics are summed over micro-batches and ranks. `first` is a
     forward that was made already."""
-    stage, policy = work.stage, work.policy
-    policy.model.train()
+    work.policy.model.train()
     totals: dict[str, torch.Tensor] = {}
-    gaps: list[dict[str, torch.Tensor]] = []
+    extremes: list[dict[str, torch.Tensor]] = []
     passes = (forward_pass(work, *m, forward, reference, watch) for m in micro_batches(work, groups, forward, first))
     for made in passes if first is None else itertools.chain([first], passes):
-        rows = [(group, i) for group, own in made.micro for i in own]
         with watch("loss"):
-            logps_BT = made.scores.logps_BT
-            trains_B = torch.tensor([made.active and i in group.trained for group, i in rows], device=policy.device)
-            mask_BT = made.scores.mask_BT.bool() & trains_B[:, None]
-            sampled_BT = _padded([torch.tensor(group.samples[i].logps) for group, i in rows], logps_BT)
-            old_logps_BT = None
-            if stage.iterations > 1:  # the policy of the first iteration is the one that sampled
-                for row, (group, i) in enumerate(rows):
-                    group.old_logps.setdefault(i, logps_BT[row, : len(group.samples[i].ids)].detach())
-                old_logps_BT = _padded([group.old_logps[i] for group, i in rows], logps_BT)
-            at_sampling_BT = logps_BT.detach() if old_logps_BT is None else old_logps_BT
-            config = stage.loss
-            weights = sampler_correction(
-                at_sampling_BT, sampled_BT, mask_BT, config.correction, config.correction_level, config.correction_cap
-            )
-            advantages_B = torch.tensor([group.advantages[i] for group, i in rows])
-            result = grpo_loss(
-                logps_BT,
-                old_logps_BT,
-                mask_BT,
-                advantages_B.to(policy.device),
-                config=config,
-                normaliser=normaliser,
-                reference_logps_BT=made.reference_logps_BT,
-                sampler_weights=weights,
-                entropies_BT=made.scores.entropies_BT,
-            )
-            gap = sampler_metrics(weights, at_sampling_BT, sampled_BT, mask_BT)
-            gaps.append(gap if bool(mask_BT.any()) else {name: value * torch.nan for name, value in gap.items()})
-            token_share = mask_BT.sum() / max(1, normaliser.tokens)
-            report_share = mask_BT.any(dim=1).sum() / max(1, normaliser.samples)
-            for name in [name for name in gap if name.endswith("/mean") and normaliser.tokens]:
-                per_report = weights.shape[1] == 1 and "ratio" in name
-                result.metrics[name] = gap[name] * (report_share if per_report else token_share)
+            result, gap = pass_loss(work, made, normaliser)
         with watch("backward"):
             work.backward(result.loss)
+        extremes.append(gap)
         for name, value in {"loss": result.loss.detach(), **result.metrics}.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value
     metrics = {name: float(work.accelerator.reduce(value, "sum")) for name, value in totals.items()}
-    for name in [name for name in gaps[0] if not name.endswith("/mean")]:
-        values = torch.stack([gap[name] for gap in gaps])
+    for name in extremes[0]:
+        values = torch.stack([gap[name] for gap in extremes])
         values = work.accelerator.gather(values[None] if work.accelerator.num_processes > 1 else values)
         values = values[~values.isnan()]  # of micro-batches with something to learn from
         if len(values):
             metrics[name] = float(values.min() if name.endswith("/min") else values.max())
     return metrics
+
+
+def pass_loss(work: StageRun, made: Pass, normaliser: Normaliser) -> tuple[LossResult, dict[str, torch.Tensor]]:
+    """A forward's loss with what adds up of its metrics, the sampler's means among them; and the sampler's extremes, by
+    metric, NaN where nothing in the forward trains."""
+    stage, policy = work.stage, work.policy
+    config, logps_BT = stage.loss, made.scores.logps_BT
+    rows = [(group, i) for group, own in made.micro for i in own]
+    trains_B = torch.tensor([made.active and i in group.trained for group, i in rows], device=policy.device)
+    mask_BT = made.scores.mask_BT.bool() & trains_B[:, None]
+    sampled_BT = _padded([torch.tensor(group.samples[i].logps) for group, i in rows], logps_BT)
+    old_logps_BT = None
+    if stage.iterations > 1:  # the policy of the first iteration is the one that sampled
+        for row, (group, i) in enumerate(rows):
+            group.old_logps.setdefault(i, logps_BT[row, : len(group.samples[i].ids)].detach())
+        old_logps_BT = _padded([group.old_logps[i] for group, i in rows], logps_BT)
+    at_sampling_BT = logps_BT.detach() if old_logps_BT is None else old_logps_BT
+    weights = sampler_correction(
+        at_sampling_BT, sampled_BT, mask_BT, config.correction, config.correction_level, config.correction_cap
+    )
+    advantages_B = torch.tensor([group.advantages[i] for group, i in rows])
+    result = grpo_loss(
+        logps_BT,
+        old_logps_BT,
+        mask_BT,
+        advantages_B.to(policy.device),
+        config=config,
+        normaliser=normaliser,
+        reference_logps_BT=made.reference_logps_BT,
+        sampler_weights=weights,
+        entropies_BT=made.scores.entropies_BT,
+    )
+    extremes = sampler_metrics(weights, at_sampling_BT, sampled_BT, mask_BT)
+    token_share = mask_BT.sum() / max(1, normaliser.tokens)
+    report_share = mask_BT.any(dim=1).sum() / max(1, normaliser.samples)
+    for name in [name for name in extremes if name.endswith("/mean")]:
+        mean = extremes.pop(name)
+        per_report = weights.shape[1] == 1 and "ratio" in name
+        if normaliser.tokens:
+            result.metrics[name] = mean * (report_share if per_report else token_share)
+    if not bool(mask_BT.any()):
+        extremes = {name: value * torch.nan for name, value in extremes.items()}
+    return result, extremes
 
 
 def _padded(rows: list[torch.Tensor], like_BT: torch.Tensor) -> torch.Tensor:

@@ -177,7 +177,7 @@ def sampler_metrics(weights: Tensor, logps_BT: Tensor, sampler_logps_BT: Tensor,
     """How far the sampler is from the trainer, under TRL's names; 0-d tensors, 0 where no token is active.
 
     `sampling/importance_sampling_ratio/{min,mean,max}` of the weights that `sampler_correction` gave, and
-    `sampling/sampling_logp_difference/{mean,max}` of the absolute difference in nats. Call it on the whole step.
+    `sampling/sampling_logp_difference/{mean,max}` of the absolute difference in nats, over these reports.
     """
     mask_BT = mask_BT.bool()
     difference = (logps_BT - sampler_logps_BT).abs()[mask_BT & ~sampler_logps_BT.isnan()]

@@ -5,6 +5,7 @@ Shapes: B prompts, P padded prompt length, N rows still decoding, V vocabulary.
 
 import copy
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ class HFSampler:
     def __init__(self, policy: Policy, rows_per_forward: int = 512) -> None:
         self.policy = policy
         self.rows_per_forward = rows_per_forward
+        self.closed = False
 
     def sample(
         self,
@@ -68,7 +70,8 @@ class HFSampler:
         """Nothing to do: the weights are the policy's own."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """A `sample` under way in another thread raises CancelledError at its next token."""
+        self.closed = True
 
     def _decode(
         self,
@@ -95,6 +98,8 @@ class HFSampler:
         samples: dict[tuple[int, int], Sample] = {}
         mrope = prompts[0].positions_3P is not None
         for step in range(max_new_tokens):
+            if self.closed:
+                raise CancelledError("the sampler was closed")
             token_N, logp_N = self._draw(logits_NV, uniform_NT[row_N, step], temperature)
             tokens, values = token_N.tolist(), logp_N.tolist()
             for n, request in enumerate(row_N):

@@ -352,9 +352,9 @@ def _pause(seconds: float) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until and not signals.asked():
         time.sleep(0.1)
+        watchdog.goes_on()
     if number := ranks.largest(signals.asked()):
         raise signals.Stopped(number)
-    watchdog.goes_on()
 
 
 def _vllm_processor(policy: Policy) -> Any | None:
