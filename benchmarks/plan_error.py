@@ -27,6 +27,7 @@ from rich.table import Table
 from unirg import sft
 from unirg.data import load_studies
 from unirg.grpo import loop
+from unirg.plan.command import with_servers
 from unirg.plan.compute import stage_cost
 from unirg.plan.machine import Cluster, Machine, machine, measured_cpu
 from unirg.plan.memory import weights_of
@@ -40,7 +41,7 @@ from unirg.scoring.contract import RewardConfig
 from unirg.scoring.engine import ScoringEngine
 
 PHASES = {
-    "sampling": (["prefill", "decode"], ["time/sampling"]),
+    "sampling": (["prefill", "decode", "weights for sampling"], ["time/sampling"]),
     "log-probs": (["reference", "forward"], ["time/logps"]),
     "backward": (["backward"], ["time/backward"]),
 }
@@ -61,7 +62,9 @@ def compare(
         lengths = replace(lengths, report=round(mean), longest_report=round(longest))
     cost = stage_cost([(policy, 1.0)], lengths, recipe, stage, world)
     weights = weights_of(policy, stage)
-    planned = plan_stage(Setting(recipe, stage, weights, cost, lengths, Cluster(device, gpus=world), {}))
+    planned = plan_stage(
+        Setting(recipe, stage, weights, cost, lengths, with_servers(recipe, Cluster(device, gpus=world)), {})
+    )
     predicted = {name: phase["seconds"] for name, phase in planned["phases"].items()}
     measured = {name: statistics.median(row.get(name, 0.0) for row in rows) for name in rows[0] if "time/" in name}
     pairs = {

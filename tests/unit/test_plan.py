@@ -214,13 +214,14 @@ def test_zero3_shards_as_fsdp2_and_holds_deepspeeds_own_copy(path: Path) -> None
     fsdp2 = recipe.model_copy(update={"distributed": recipe.distributed.model_copy(update={"strategy": "fsdp2"})})
     ours, theirs = (moments(r, stage, weights, cost, 4, GPUS["h100"]) for r in (fsdp2, recipe))
     for moment, parts in ours.items():
-        for name in ("weights", "optimiser", "gradients", "reference policy"):
+        for name in ("weights", "optimiser", "reference policy"):
             assert theirs[moment].get(name) == parts.get(name)
+        assert theirs[moment]["gradients"] == weights.trained / 4  # in a buffer that it never frees
         assert theirs[moment]["DeepSpeed's copy of what is trained"] == weights.trained / 4
     # It gathers float32, of which autocast makes its copy; FSDP2 gathers what autocast wants.
     assert theirs["sampling"]["gathered weights"] == weights.all > ours["sampling"]["gathered weights"]
-    assert "bfloat16 weights (autocast)" in theirs["sampling"]
-    assert "bfloat16 weights (autocast)" not in ours["sampling"]
+    copies = [parts["sampling"]["bfloat16 weights (autocast)"] for parts in (ours, theirs)]
+    assert copies[0] <= 2 * weights.rest < copies[1]
 
 
 def test_a_checkpoint_has_the_planned_size(path: Path, tmp_path: Path) -> None:

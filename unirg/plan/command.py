@@ -10,6 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unirg.check import check_shares
 from unirg.errors import UserError
 from unirg.plan.compute import stage_cost
@@ -17,7 +19,7 @@ from unirg.plan.disk import run_bytes
 from unirg.plan.machine import RESERVE, Cluster, machine
 from unirg.plan.memory import weights_of
 from unirg.plan.policy import Given, Lengths, in_depth, parameters, plan_policy
-from unirg.plan.stage import REWARD_SECONDS, VLLM_ROWS, Setting, plan_stage
+from unirg.plan.stage import REWARD_SECONDS, Setting, plan_stage
 from unirg.plan.view import show
 from unirg.recipe.load import load_recipe
 from unirg.recipe.schema import Recipe
@@ -32,6 +34,8 @@ def plan(arguments: argparse.Namespace) -> int:
     share = arguments.compute_share
     if share is not None and not 0 < share <= 1:
         raise UserError(f"--compute-share: expected a share above 0 and at most 1, got {share}")
+    if recipe.threads and arguments.gpu.lower() == "cpu":  # as the run will have them
+        torch.set_num_threads(recipe.threads)
     names = {"text": "prompt_tokens", "films": "films", "report": "report_tokens"}
     lengths = {key: value for key, name in names.items() if (value := getattr(arguments, name)) is not None}
     found = make_plan(
@@ -84,14 +88,7 @@ def make_plan(
     """The whole plan as what `--json` prints."""
     for stage in recipe.stages:
         check_shares(stage, cluster.world)
-    servers = recipe.rollout.engine == "vllm" and recipe.rollout.vllm.mode == "server"
-    if cluster.sampling_gpus and not servers:
-        raise UserError(
-            "--sampling-gpus: the recipe samples on the training GPUs; set rollout.engine=vllm, "
-            "rollout.vllm.mode=server and rollout.vllm.servers=[...]"
-        )
-    if servers and not cluster.sampling_gpus:
-        cluster = replace(cluster, sampling_gpus=len(recipe.rollout.vllm.servers))
+    cluster = with_servers(recipe, cluster)
     with contextlib.redirect_stderr(io.StringIO()):  # transformers' advice on loading is not about a plan
         policy, lengths = plan_policy(recipe, config, given)
         policies = in_depth(recipe, policy)
@@ -122,6 +119,23 @@ def make_plan(
         "stages": stages,
         "assumptions": assumptions(recipe, cluster, lengths),
     }
+
+
+def with_servers(recipe: Recipe, cluster: Cluster) -> Cluster:
+    """The cluster with a GPU for each of the recipe's vLLM servers, where it says no number of them. Raises UserError
+    where these are too few, or there are no servers."""
+    servers = recipe.rollout.vllm.servers if recipe.rollout.engine == "vllm" else []
+    if cluster.sampling_gpus and not servers:
+        raise UserError(
+            "--sampling-gpus: the recipe samples on the training GPUs; set rollout.engine=vllm, "
+            "rollout.vllm.mode=server and rollout.vllm.servers=[...]"
+        )
+    if 0 < cluster.sampling_gpus < len(servers):
+        raise UserError(
+            f"--sampling-gpus: {cluster.sampling_gpus} are fewer than the {len(servers)} servers that "
+            "rollout.vllm.servers names, each with a GPU of its own"
+        )
+    return replace(cluster, sampling_gpus=cluster.sampling_gpus or len(servers))
 
 
 def _lengths(lengths: Lengths) -> dict[str, Any]:
@@ -165,14 +179,18 @@ def assumptions(recipe: Recipe, cluster: Cluster, lengths: Lengths) -> list[str]
         keeps = "each once by every rank, which keeps them" if lengths.kept else "anew in every epoch"
         said.append(f"a study is read in {lengths.reading * 1000:.3g} ms, measured on this CPU; {keeps}")
     if recipe.rollout.engine == "vllm":
-        said.append(f"vLLM decodes at most {VLLM_ROWS} reports at once, limited by its bandwidth or products alone")
+        served = recipe.rollout.vllm.mode == "server"
+        rows = f"{device.vllm_rows} (a server's default)" if served else "sampling.rows_per_forward"
+        said.append(f"vLLM decodes at most {rows} reports at once, limited by its bandwidth or products alone")
+        if served:
+            said.append(f"weights go to every server at {device.stream / 1e9:.3g} GB/s, to all at once")
     elif any(getattr(stage, "ahead", False) for stage in recipe.stages):
         said.append("one step ahead, the policy and its copy that samples take turns on one device: no time is saved")
     said += [
         "rewards and metrics: "
         + ", ".join(f"{name} {value:.2g}" for name, value in REWARD_SECONDS.items())
         + " CPU seconds a report (benchmarks/README.md) where not given, on whatever device the recipe puts them; a "
-        "worker for each on every rank, those of servers too",
+        "worker for each on every rank, those of servers too; metrics of an evaluation on the first rank alone",
         f"checkpoints go to disk at {device.disk / 1e9:.3g} GB/s, all ranks together; the best policy is written at "
         "every evaluation",
         "left out: the evaluation at the end, which one process makes; loading, the first step's self-check, "

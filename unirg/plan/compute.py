@@ -5,6 +5,7 @@ Studies are taken to be alike, with a prompt of the typical length and reports o
 tokens to a prompt of P, N rows that are decoded together.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -88,7 +89,7 @@ class StageCost:
     phases: dict[str, Phase]
     """Of the update: forward, backward, reference, optimiser."""
     forward_tokens: int
-    """Tokens of the fullest forward."""
+    """Tokens of the fullest forward that may come."""
     peaks: dict[str, tuple[float, float]]
     """The most alive in that forward and that backward (activations, logits); and how much of it are weights in
     bfloat16, made by autocast."""
@@ -234,6 +235,9 @@ def _grpo(policy: Policy, lengths: Lengths, studies: int, stage: GrpoStage, chec
     phases["optimiser"].pieces.append((cost, 1))
     phases = {name: phase for name, phase in phases.items() if phase.pieces}
     made = StageCost(phases, tokens, peaks, logits, state, cost.peak)
+    fullest = [(len(lengths.longest_prompt), [min(lengths.longest_report, sampling.max_new_tokens)] * trained)]
+    most = forward.tokens(fullest * min(stage.studies_per_forward or studies, studies))
+    _fill(made, min(most, stage.tokens_per_forward))
     size, rows = stage.group_size, sampling.rows_per_forward
     made.sampling = _reports(
         policy, lengths, studies, size, rows // size, sampling.max_new_tokens, sampling.temperature
@@ -311,13 +315,15 @@ def _sft(policy: Policy, lengths: Lengths, studies: int, stage: SftStage, checkp
         "backward": Phase([(back, forwards)], forwards * tokens, forwards),
         "optimiser": Phase([(cost, 1)]),
     }
-    return StageCost(phases, tokens, _peaks(ahead, back), _logits(policy, size * report), state, cost.peak)
+    made = StageCost(phases, tokens, _peaks(ahead, back), _logits(policy, size * report), state, cost.peak)
+    _fill(made, size * (len(lengths.longest_prompt) + lengths.longest_report))
+    return made
 
 
 def _vision(policy: Policy, lengths: Lengths, studies: int, stage: VisionStage) -> StageCost:
     with torch.device("meta"):
         probe = Probe(policy, ["finding"] * 14)
-    probe.tower.requires_grad_(True)
+    probe.tower = copy.deepcopy(probe.tower).float().requires_grad_(True)  # later stages' may be frozen
     size = min(stage.studies_per_forward or studies, studies)
     images = lengths.prompt.images
     grids = images["image_grid_thw"].repeat(size, 1)
@@ -348,6 +354,16 @@ def _vision(policy: Policy, lengths: Lengths, studies: int, stage: VisionStage) 
 
 def _peaks(ahead: Cost, back: Cost) -> dict[str, tuple[float, float]]:
     return {"forward": (ahead.peak, ahead.copies), "backward": (back.peak, back.copies)}
+
+
+def _fill(cost: StageCost, tokens: int) -> None:
+    """Makes the memory that of a forward of so many tokens, where these are more: lengths differ, and some forward
+    comes near what the budget, or the longest of them, allow. Weights in bfloat16 stay as they are."""
+    if tokens <= cost.forward_tokens:
+        return
+    times = tokens / cost.forward_tokens
+    cost.peaks = {name: (cast + (alive - cast) * times, cast) for name, (alive, cast) in cost.peaks.items()}
+    cost.logits, cost.forward_tokens = math.ceil(cost.logits * times), tokens
 
 
 def _logits(policy: Policy, predicted: int) -> int:

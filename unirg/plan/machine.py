@@ -38,6 +38,8 @@ class Machine:
     """How many times as long as products of as many FLOPs fused attention takes,"""
     convolution: float = 1.0
     """and a tower's convolution over patches."""
+    stream: float = 1e9
+    """Bytes per second of weights from the trainer to a vLLM server, over TCP: assumed."""
     disk: float = 1e9
     """Bytes per second of checkpoints to the run folder's disk, all ranks together: assumed."""
     measured: bool = False
@@ -45,6 +47,11 @@ class Machine:
     @property
     def cpu(self) -> bool:
         return self.name == "cpu"
+
+    @property
+    def vllm_rows(self) -> int:
+        """Reports that a vLLM server decodes at once: its default for the GPU."""
+        return 1024 if self.name in ("h100", "h200") else 256
 
 
 @dataclass(frozen=True)

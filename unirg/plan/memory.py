@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from unirg.distributed import stacked_layers
+from unirg.distributed import beside_engine, stacked_layers
 from unirg.plan.compute import Reports, StageCost, fullest
 from unirg.plan.machine import RESERVE, Machine
 from unirg.policy import Policy
@@ -18,11 +18,12 @@ LIVE, BUCKET = 1_000_000_000, 500_000_000
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a policy's weights and of its gradients, and numbers by where FSDP2 puts them: in layers, in the largest
-    layer, in the rest."""
+    """Bytes of a policy's weights, of its gradients and of what every rank holds in any case; how many weights, and
+    how many of them by where FSDP2 puts them: in layers, in the largest layer, in the rest."""
 
     all: int
     trained: int
+    unsharded: int
     count: int
     layered: int
     largest: int
@@ -30,21 +31,18 @@ class Weights:
 
 
 def weights_of(policy: Policy, stage: StageConfig) -> Weights:
-    """Of the policy in that stage: a vision stage trains the tower alone."""
+    """Of the policy in that stage: a vision stage trains the tower alone, in float32, and shards nothing else."""
     own = list(policy.model.parameters())
-    trained = [p for p in own if p.requires_grad]
+    size, unsharded, sharded = sum(p.nbytes for p in own), 0, policy.model
+    trained = sum(p.nbytes for p in own if p.requires_grad)
     if isinstance(stage, VisionStage):
-        trained = list(policy.base.model.visual.parameters())
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in stacked_layers(policy.model)]
-    count = sum(p.numel() for p in own)
-    return Weights(
-        sum(p.nbytes for p in own),
-        sum(p.nbytes for p in trained),
-        count,
-        sum(layers),
-        max(layers, default=0),
-        count - sum(layers),
-    )
+        sharded = policy.base.model.visual
+        trained = 4 * sum(p.numel() for p in sharded.parameters())
+        unsharded = size - sum(p.nbytes for p in sharded.parameters())
+        size = unsharded + trained
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in stacked_layers(sharded)]
+    rest = sum(p.numel() for p in sharded.parameters()) - sum(layers)
+    return Weights(size, trained, unsharded, sum(p.numel() for p in own), sum(layers), max(layers, default=0), rest)
 
 
 def reference_bytes(recipe: Recipe, stage: StageConfig, weights: Weights) -> int:
@@ -57,8 +55,14 @@ def reference_bytes(recipe: Recipe, stage: StageConfig, weights: Weights) -> int
 
 
 def shards(recipe: Recipe, stage: StageConfig, world: int) -> int:
-    """Over how many ranks weights, gradients and optimiser state are sharded: a vision stage's never are."""
-    return 1 if recipe.distributed.strategy == "ddp" or isinstance(stage, VisionStage) else world
+    """Over how many ranks weights, gradients and optimiser state are sharded."""
+    return 1 if strategy_of(recipe, stage) == "ddp" else world
+
+
+def strategy_of(recipe: Recipe, stage: StageConfig) -> str:
+    """How the stage's weights lie on the ranks: DeepSpeed's engine does not run vision stages."""
+    strategy = recipe.distributed.strategy
+    return beside_engine(strategy) if isinstance(stage, VisionStage) else strategy
 
 
 def moments(
@@ -66,14 +70,16 @@ def moments(
 ) -> dict[str, Moment]:
     """Bytes by part of each moment on one of `world` ranks."""
     shard = shards(recipe, stage, world)
-    fsdp2, zero3 = (shard > 1 and recipe.distributed.strategy == name for name in ("fsdp2", "zero3"))
+    fsdp2, zero3 = (shard > 1 and strategy_of(recipe, stage) == name for name in ("fsdp2", "zero3"))
     half = 2 if recipe.policy.dtype == "bfloat16" else 4
     held = {
-        "weights": weights.all / shard,
+        "weights": weights.unsharded + (weights.all - weights.unsharded) / shard,
         "optimiser": cost.optimiser_state / shard,
         "reference policy": reference_bytes(recipe, stage, weights) / shard,
     }
-    if zero3:
+    gradients = {"gradients": weights.trained / shard}
+    if zero3:  # it never gives the gradients' memory back
+        held |= gradients
         held |= {"DeepSpeed's copy of what is trained": weights.trained / shard, "DeepSpeed's bucket": BUCKET * 4}
     if isinstance(stage, GrpoStage) and stage.ahead and recipe.rollout.engine == "hf":
         held["sampler's copy"] = weights.all
@@ -81,7 +87,6 @@ def moments(
     vllm = vllm and (cost.sampling is not None or cost.evaluation is not None)
     if vllm and not recipe.rollout.vllm.sleep:
         held["vLLM, colocated"] = recipe.rollout.vllm.gpu_memory_utilization * machine.memory
-    gradients = {"gradients": weights.trained / shard}
     alive, cast = fullest(cost.peaks, cast=not fsdp2)
     copies, logits = cast, min(cost.logits, alive - cast)
     update = held | gradients
@@ -110,14 +115,14 @@ def moments(
         return held | {
             "gathered weights": gathered,
             "KV cache": reports.kv_cache,
-            "bfloat16 weights (autocast)": 0 if fsdp2 else cast,
+            "bfloat16 weights (autocast)": min(cast, weights.rest * 2) if fsdp2 else cast,
             "activations": max(0.0, alive - reports.kv_cache - cast),
         }
 
     if cost.sampling is not None:
         found = {"sampling": writing(cost.sampling)} | found
     if cost.evaluation is not None:
-        found["evaluation"] = writing(cost.evaluation)
+        found["evaluation"] = gradients | writing(cost.evaluation)  # they go when the next step begins
     return {moment: {name: float(size) for name, size in parts.items() if size} for moment, parts in found.items()}
 
 

@@ -9,9 +9,10 @@ from unirg.grpo.loop import scores_decide
 from unirg.plan.compute import Phase, Reports, StageCost
 from unirg.plan.disk import stage_bytes, written
 from unirg.plan.machine import Cluster
-from unirg.plan.memory import Weights, advice, moments, peak, shards
+from unirg.plan.memory import Weights, advice, moments, peak, reference_bytes, shards, strategy_of
 from unirg.plan.policy import Lengths
-from unirg.recipe.schema import GrpoStage, Recipe, StageConfig, VisionStage
+from unirg.recipe.schema import GrpoStage, Recipe, StageConfig
+from unirg.rollout import SamplingConfig
 from unirg.scoring.contract import RewardConfig
 
 REWARD_SECONDS = {"radgraph_f1": 0.055, "r1": 0.055, "radcliq": 0.055, "ratescore": 0.028}
@@ -19,8 +20,8 @@ REWARD_SECONDS = {"radgraph_f1": 0.055, "r1": 0.055, "radcliq": 0.055, "ratescor
 random weights of the official sizes in float32: 28.15 s and 14.3 s for 512. RadGraph is most of R1 and of RadCliQ."""
 Seconds = dict[str, Any]
 """A phase: seconds and what bounds it, tokens, FLOPs."""
-VLLM_ROWS = 256
-"""Reports that one vLLM engine decodes at once: its default."""
+VLLM_MEMORY = 0.92
+"""What a vLLM server takes of its GPU: its default."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _phases(setting: Setting) -> dict[str, Seconds]:
             reads = min(reads, lengths.kept)
         phases["reading studies"] = _phase(lengths.reading * reads / stage.steps, "one CPU core")
     if cost.sampling is not None:
-        for name, one in _writing(setting, cost.sampling).items():
+        for name, one in _writing(setting, cost.sampling, cost.sampling.studies).items():
             phases[name] = one | {key: one[key] / setting.together for key in ("seconds", "tokens", "flops")}
     for name, phase in cost.phases.items():
         seconds, bound = phase.seconds(setting.cluster.machine)
@@ -119,9 +120,9 @@ def _beside(setting: Setting) -> dict[str, dict[str, Any]]:
     seconds = size / setting.cluster.machine.disk
     found: dict[str, dict[str, Any]] = {"checkpoints": {"count": count, "bytes": size, "seconds": seconds}}
     if cost.evaluation is not None and stage.evaluate_every is not None:
-        phases = _writing(setting, cost.evaluation)
+        phases = _writing(setting, cost.evaluation, min(evaluation.batch_size, cost.evaluation.studies))
         metrics = {metric.log_label: seconds_of(metric, setting.reward_seconds) for metric in evaluation.metrics}
-        # Side by side, and on every rank all studies.
+        # Side by side, all studies on the first rank.
         scores = max((value for value in metrics.values() if value), default=0.0) * stage.evaluate_studies
         count = stage.steps // stage.evaluate_every
         found["evaluations"] = {
@@ -133,47 +134,63 @@ def _beside(setting: Setting) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _writing(setting: Setting, reports: Reports) -> dict[str, Seconds]:
-    """What the recipe's engine needs to write these reports of every rank."""
+def _writing(setting: Setting, reports: Reports, batch: int) -> dict[str, Seconds]:
+    """What the recipe's engine needs to write these reports of every rank, asked for `batch` studies at a time."""
     cluster, recipe = setting.cluster, setting.recipe
     if recipe.rollout.engine == "vllm":
-        return _vllm(setting, reports)
+        return _vllm(setting, reports, batch)
     phases = {}
     for name, phase in (("prefill", reports.prefill), ("decode", reports.decode)):
         seconds, bound = phase.seconds(cluster.machine)
         phases[name] = _phase(seconds, bound, phase.tokens * cluster.world, phase.flops * cluster.world)
     if cluster.world > 1 and recipe.distributed.strategy != "ddp":
-        phases["weights for sampling"] = _phase(cluster.around * gathered_bytes(setting) / cluster.link, "network")
+        phases["weights for sampling"] = _phase(
+            cluster.around * gathered_bytes(setting, recipe.distributed.strategy) / cluster.link, "network"
+        )
     return phases
 
 
-def _vllm(setting: Setting, reports: Reports) -> dict[str, Seconds]:
+def _vllm_rows(setting: Setting) -> int:
+    """Reports that one vLLM engine decodes at once: what the stage asks of a colocated one, a server's default."""
+    stage = setting.stage
+    if setting.recipe.rollout.vllm.mode == "server":
+        return setting.cluster.machine.vllm_rows
+    if isinstance(stage, GrpoStage):
+        return max(stage.sampling.rows_per_forward, stage.group_size)
+    return SamplingConfig().rows_per_forward
+
+
+def _vllm(setting: Setting, reports: Reports, batch: int) -> dict[str, Seconds]:
     """vLLM's prefill and decode from first principles: at every decoded token the weights and the cache are read once.
 
     Raises UserError where its share of the memory holds no weights.
     """
     recipe, weights, world = setting.recipe, setting.weights, setting.cluster.world
     machine, engines = setting.cluster.machine, setting.cluster.sampling_gpus or world
-    rows = world * reports.studies * reports.size / engines
+    rows = world * batch * reports.size / engines
     prompt = reports.prefill.tokens / reports.studies
     half = 2 if recipe.policy.dtype == "bfloat16" else 4
-    share = recipe.rollout.vllm.gpu_memory_utilization if recipe.rollout.vllm.mode == "colocate" else 0.9
+    colocated = recipe.rollout.vllm.mode == "colocate"
+    share = recipe.rollout.vllm.gpu_memory_utilization if colocated else VLLM_MEMORY
     room = share * machine.memory - half * weights.count
     kept = reports.kv_numbers * half
     held = int(room / (kept * (prompt / reports.size + reports.longest_report)))
     if held < 1:
-        raise UserError(
-            f"rollout.vllm: {share * machine.memory / 1e9:.0f} GB of a {machine.name} hold no "
-            f"{half * weights.count / 1e9:.0f} GB of weights and a cache; raise "
-            "rollout.vllm.gpu_memory_utilization, or use servers"
+        instead = (
+            "raise rollout.vllm.gpu_memory_utilization, use servers, or"
+            if colocated
+            else "a plan has one GPU a server:"
         )
-    at_once = min(rows, held, VLLM_ROWS)
+        raise UserError(
+            f"rollout.vllm: {share * machine.memory / 1e9:.0f} GB of a {machine.name} do not hold "
+            f"{half * weights.count / 1e9:.0f} GB of weights and a cache; {instead} take a GPU with more memory"
+        )
+    at_once = min(rows, held, _vllm_rows(setting))
     rate = (machine.half if half == 2 else machine.single) * machine.compute_share
     bandwidth = machine.bandwidth * machine.bandwidth_share
     moving = (half * weights.count + at_once * kept * (prompt + reports.report / 2)) / bandwidth
     products = at_once * reports.decoded_flops / rate
-    steps = max(rows / at_once * reports.report, reports.longest_report)
-    pushed = half * weights.count / (machine.network if recipe.rollout.vllm.mode == "server" else machine.node)
+    steps = reports.studies / batch * max(rows / at_once * reports.report, reports.longest_report)
     read, decoded = reports.prefill, reports.decode
     return {
         "prefill": _phase(read.flops * world / engines / rate, "compute", read.tokens * world, read.flops * world),
@@ -183,14 +200,26 @@ def _vllm(setting: Setting, reports: Reports) -> dict[str, Seconds]:
             decoded.tokens * world,
             decoded.flops * world,
         ),
-        "weight push": _phase(pushed, "network"),
+        "weight push": _push(setting, half * weights.count, bandwidth),
     }
 
 
-def gathered_bytes(setting: Setting) -> float:
+def _push(setting: Setting, size: int, bandwidth: float) -> Seconds:
+    """All weights to vLLM, `size` bytes: within the device, or to all servers at once; sharded ones are gathered
+    meanwhile, one parameter at a time and in their own precision."""
+    recipe, weights, cluster = setting.recipe, setting.weights, setting.cluster
+    sharded = shards(recipe, setting.stage, cluster.world) > 1
+    gathering = cluster.around * weights.all / cluster.link if sharded else 0.0
+    if recipe.rollout.vllm.mode == "server":
+        return _phase(max(gathering, size / cluster.machine.stream), "network")
+    copying = (weights.all + size) / bandwidth
+    return _phase(max(gathering, copying), "network" if gathering > copying else "memory bandwidth")
+
+
+def gathered_bytes(setting: Setting, strategy: str) -> float:
     """Of the whole weights as ranks send them: FSDP2 sends its layers as autocast wants them, DeepSpeed as they are."""
     weights = setting.weights
-    if setting.recipe.distributed.strategy == "zero3":
+    if strategy == "zero3":
         return weights.all
     return weights.layered * (2 if setting.recipe.policy.dtype == "bfloat16" else 4) + weights.rest * 4
 
@@ -198,24 +227,25 @@ def gathered_bytes(setting: Setting) -> float:
 def _network(setting: Setting, phases: Mapping[str, Seconds]) -> dict[str, Seconds]:
     """What ranks send each other, beyond what computing hides."""
     weights, cost, cluster = setting.weights, setting.cost, setting.cluster
-    strategy = setting.recipe.distributed.strategy
     if cluster.world == 1:
         return {}
-    if strategy == "ddp" or isinstance(setting.stage, VisionStage):
+    strategy = strategy_of(setting.recipe, setting.stage)
+    if strategy == "ddp":
         return {"gradients over ranks": _phase(2 * cluster.around * weights.trained / cluster.link, "network")}
-    gathered = gathered_bytes(setting)
+    gathered = gathered_bytes(setting, strategy)
     again = gathered if strategy == "zero3" else gathered - 4 * weights.rest
-    ahead = cost.phases["forward"].passes + cost.phases.get("reference", Phase()).passes
-    back = cost.phases["backward"].passes
-    sent = cluster.around / cluster.link * (ahead * gathered + back * (again + weights.trained))
+    forward, back = cost.phases["forward"].passes, cost.phases["backward"].passes
+    apart = reference_bytes(setting.recipe, setting.stage, weights) > 0  # a reference of its own is FSDP2's
+    reference = cost.phases.get("reference", Phase()).passes * gathered_bytes(setting, "fsdp2" if apart else strategy)
+    sent = cluster.around / cluster.link * (forward * gathered + reference + back * (again + weights.trained))
     hidden = sum(phases[name]["seconds"] for name in ("forward", "backward", "reference") if name in phases)
     return {"shards over ranks": _phase(max(0.0, sent - hidden), "network")}
 
 
 def _rewards(setting: Setting, stage: GrpoStage, phases: Mapping[str, Seconds], step: float | None) -> dict[str, Any]:
     """What is waited for: rewards run side by side, one worker each on every rank, while reports are sampled (half of
-    that time: those that end early) and during the first forward where scores do not decide what is trained; one step
-    ahead (`step` seconds without them) during all of it."""
+    that time: those that end early) and during the batch's first forward, the reference's included, where scores do
+    not decide what is trained; one step ahead (`step` seconds without them) during all of it."""
     world = setting.cluster.world
     reports = stage.studies_per_step * stage.group_size / stage.iterations
     seconds = {r.log_label: seconds_of(r, setting.reward_seconds) for r in stage.rewards}
@@ -223,9 +253,8 @@ def _rewards(setting: Setting, stage: GrpoStage, phases: Mapping[str, Seconds], 
     slowest = max(known.values(), default=0.0) * reports / world
     hidden = 0.5 * phases["decode"]["seconds"] if step is None else step
     if step is None and not scores_decide(stage):
-        hidden += phases["forward"]["seconds"] * min(
-            1.0, stage.tokens_per_forward / (phases["forward"]["tokens"] / world)
-        )
+        first = min(1.0, stage.tokens_per_forward / (phases["forward"]["tokens"] / world)) / setting.together
+        hidden += first * sum(phases[name]["seconds"] for name in ("forward", "reference") if name in phases)
     found = _phase(max(0.0, slowest - hidden), "rewards")
     found["cpu_seconds"] = {label: value * reports for label, value in known.items()}
     found["unknown"] = [label for label, value in seconds.items() if value is None]
