@@ -9,11 +9,11 @@
 # leaves, or one.
 # RESTARTS (one node): how often the ranks are started again, from the last checkpoint, where one of them fails.
 #
-# SIGUSR1, SIGTERM or Ctrl-C, to this script on any of the nodes: all ranks stop together, with a checkpoint, and the same
-# command goes on from it. The signal goes to the ranks themselves: torchrun would die of SIGUSR1, and after the others it
-# would leave them 30 seconds.
+# SIGUSR1, SIGTERM, Ctrl-C or a closed terminal, told to this script on any of the nodes: all ranks stop together, with a
+# checkpoint, and the same command goes on from it. The signal goes to the ranks themselves: torchrun would die of SIGUSR1,
+# and after the others it would leave them 30 seconds. Under nohup a closed terminal stops nothing.
 set -uo pipefail
-if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # nvidia-smi lists the others too
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # nvidia-smi lists the others too
     gpus=${GPUS:-$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)}
 else
     gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
@@ -29,11 +29,15 @@ fi
 asked='' told=''
 trap 'asked=USR1 told=USR1' USR1
 trap 'asked=TERM told=TERM' TERM
+trap 'asked=TERM told=HUP' HUP # not under nohup: what a shell was started to ignore it does not trap
 # A terminal gives Ctrl-C to torchrun and the ranks as well. They do not hear it: what a shell puts in the background
 # ignores it, and torchrun is told to leave that so.
 trap 'asked=TERM told=INT' INT
-"${PYTHON:-python}" -m torch.distributed.run "${where[@]}" --signals-to-handle SIGTERM,SIGHUP,SIGQUIT \
-    --nproc-per-node "$gpus" -m unirg train "$@" &
+(
+    trap '' HUP # torchrun would die of it, under nohup too
+    exec "${PYTHON:-python}" -m torch.distributed.run "${where[@]}" --signals-to-handle SIGTERM,SIGQUIT \
+        --nproc-per-node "$gpus" -m unirg train "$@"
+) &
 torchrun=$!
 while kill -0 "$torchrun" 2>/dev/null; do
     if [ -z "$asked" ]; then
@@ -52,7 +56,7 @@ while kill -0 "$torchrun" 2>/dev/null; do
 done
 wait "$torchrun"
 status=$?
-if [ -n "$told" ]; then
+if [ -n "$told" ] && ((status)); then
     status=$((128 + $(kill -l "$told")))
     echo "$0: stopped by SIG$told, which torchrun calls a failure; the same command goes on" >&2
 fi

@@ -84,3 +84,22 @@ def test_a_signal_to_torchrun(alone: Path, strategy: str, tmp_path: Path) -> Non
         # Float32 sums in another order, which AdamW amplifies.
         for record, expected in zip(ours, theirs, strict=True):
             assert record["loss"] == pytest.approx(expected["loss"], rel=2e-3)
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_closed(nohup: bool, tmp_path: Path) -> None:
+    """The script stops its ranks with a checkpoint; under nohup neither it, nor torchrun, nor they take notice."""
+    run = prepare(tmp_path, "run", *OPTIONS, "stages.sft.checkpoint_every=1000", "evaluation.stages=[]")
+    script = Path(__file__).parents[2] / "recipes" / "launch" / "torchrun.sh"
+    command = [*["nohup"][: int(nohup)], str(script), str(run / "recipe.yaml")]
+    variables = {"GPUS": "2", "PYTHON": sys.executable}
+    with (tmp_path / "said").open("w") as said:
+        started = subprocess.Popen(
+            command, cwd=tmp_path, env=environment() | variables, stdout=said, stderr=said, start_new_session=True
+        )
+    stage = run / "stages" / "sft"
+    wait_for(lambda: len(run_folder.read_metrics(stage)) >= 3)
+    os.killpg(started.pid, signal.SIGHUP)
+    assert started.wait(120) == (0 if nohup else 128 + signal.SIGHUP), (tmp_path / "said").read_text()
+    assert run_folder.final_folder(run, "grpo").exists() == nohup
+    assert (stage / "latest").exists() != nohup  # of a stage that has ended its policy alone is left

@@ -15,6 +15,7 @@ import pytest
 
 from tests.invariant import test_trajectories as trajectories
 from tests.nodes import HOST, Node, cluster
+from tests.slurm import write_commands
 from unirg import run as run_folder
 
 pytestmark = pytest.mark.skipif("UNIRG_MULTINODE" not in os.environ, reason="takes minutes: make test-multinode")
@@ -109,35 +110,9 @@ def test_a_cable_that_is_pulled_ends_the_run_on_both_nodes(nodes: list[Node], al
     trajectories.assert_same(run, alone, 2e-3)
 
 
-SRUN = """#!/usr/bin/env bash
-# Starts a command on hosts, passes signals on, ends with the largest status: what the script needs of SLURM's own.
-while [[ $1 == --* ]]; do
-    [ "$1" != --nodelist ] || list=$2
-    shift 2
-done
-tasks=() status=0
-for address in ${list//,/ }; do
-    SLURM_PROCID=${#tasks[@]} ip netns exec "$HOSTS-$((${address##*.} - 1))" "$@" &
-    tasks+=($!)
-done
-trap 'kill -USR1 "${tasks[@]}"' USR1
-trap 'kill -TERM "${tasks[@]}"' TERM
-for task in "${tasks[@]}"; do
-    while kill -0 "$task" 2>/dev/null; do wait "$task"; done
-    wait "$task" || { s=$?; ((s > status)) && status=$s; }
-done
-exit "$status"
-"""
-SCONTROL = """#!/usr/bin/env bash
-if [ "$1" = requeue ]; then echo "$2" >>requeued; else tr , '\\n' <<<"$3"; fi
-"""
-
-
 def job(nodes: Sequence[Node], folder: Path, **variables: str) -> dict[str, Any]:
     """How SLURM would start the batch script for a job on these nodes."""
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
+    write_commands(folder, 'ip netns exec "$HOSTS-$((${node##*.} - 1))"')
     variables |= {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "HOSTS": nodes[0].name.rpartition("-")[0],
