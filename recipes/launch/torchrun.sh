@@ -43,14 +43,16 @@ while kill -0 "$torchrun" 2>/dev/null; do
     if [ -z "$asked" ]; then
         wait "$torchrun" # until it ends, or a signal comes
     else
-        ranks=$(pgrep -P "$torchrun")
+        parent=$torchrun
+        while child=$(pgrep -o -P "$parent" -f torch.distributed.run); do parent=$child; done # PYTHON may be a container's
+        ranks=$(pgrep -P "$parent")
         while [ -n "$ranks" ]; do
             # Again and again: those that have only just started may not have heard it.
             # shellcheck disable=SC2086 # a list of numbers
             kill "-$asked" $ranks 2>/dev/null || break
             sleep 1
         done
-        kill -TERM "$torchrun" 2>/dev/null # or it would start the ranks again, where it may
+        kill -TERM "$parent" 2>/dev/null # or it would start the ranks again, where it may
         wait "$torchrun"
     fi
 done
