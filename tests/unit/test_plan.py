@@ -350,6 +350,7 @@ def test_what_does_not_fit_says_what_to_try(
             ("--config", "missing.json", "policy={model: m}"),
             "--config: 'missing.json': there is no such file or folder",
         ),
+        (("--prompt-tokens", "5000"), "they make a prompt of 5258 tokens, and policy.max_prompt_tokens allows 4096"),
         (("--config", "x.json"), "--config: the recipe builds its policy itself (policy.tiny)"),
     ],
 )
@@ -364,6 +365,21 @@ def test_a_recipe_without_grpo_is_planned_too(path: Path, capsys: pytest.Capture
     path.write_text(TEXT[: TEXT.index("  - name: grpo")])
     status, out, _ = run(capsys, path, "--gpus", 2)
     assert status == 0 and "10 steps" in out
+
+
+def test_a_config_with_a_wrong_value_is_told(path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    published = json.loads((Path(__file__).parents[2] / "docs" / "configs" / "qwen3-vl-8b.json").read_text())
+    published["text_config"]["hidden_size"] = "big"
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    status, _, err = run(capsys, path, "--config", tmp_path / "config.json", "policy={model: m}")
+    assert status == 2 and "no model configuration could be read" in err and "hidden_size" in err
+
+
+def test_a_film_smaller_than_a_token_still_makes_one(path: Path) -> None:
+    config = Path(__file__).parents[2] / "docs" / "configs" / "qwen3-vl-8b.json"
+    recipe = load_recipe(path, ["policy={model: m, image_size: 20}"])
+    _, lengths = plan_policy(recipe, config, Given(text=100, films=2))
+    assert len(lengths.prompt) == 100 + 2 * (1 + 2)
 
 
 def test_the_published_sizes_give_the_published_count(path: Path) -> None:

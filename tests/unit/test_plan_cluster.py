@@ -144,12 +144,14 @@ def test_reports_decoded_at_once_are_those_that_the_engine_is_asked_for(plan: Pl
     assert GPUS["h100"].vllm_rows == 1024 and GPUS["a100-80"].vllm_rows == 256
 
 
-def test_weights_on_their_way_to_vllm(plan: Plan, counted: Any) -> None:
+def test_weights_on_their_way_to_vllm(path: Path, plan: Plan, counted: Any) -> None:
     weights, h100 = size(counted[0].model), GPUS["h100"]
     pushed = plan("grpo", SERVERS, gpus=2)["phases"]["weight push"]
     assert pushed["seconds"] == pytest.approx(weights / h100.stream) and pushed["bound"] == "network"
     copied = plan("grpo", COLOCATED, gpus=2)["phases"]["weight push"]
     assert copied["seconds"] == pytest.approx(2 * weights / (h100.bandwidth * h100.bandwidth_share))
+    adapted, _ = plan_policy(load_recipe(path, ["policy.lora={rank: 4}"]), None, None)
+    assert weights_of(adapted, load_recipe(path, []).stages[-1]).count * 4 == weights  # adapters are merged
     # Ranks of two nodes gather what they share before a colocated engine has it.
     gathered = plan("grpo", COLOCATED, "distributed.strategy=fsdp2", nodes=2)["phases"]["weight push"]
     assert gathered["seconds"] == pytest.approx(weights / 2 / h100.network)

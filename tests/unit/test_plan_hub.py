@@ -1,6 +1,7 @@
 """A plan for a model of the hub: read from there where it answers, from its cache where it does not, and told at once
 where neither has it."""
 
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,11 @@ import pytest
 
 from unirg import cli
 
-CONFIG = Path(__file__).parents[2] / "docs" / "configs" / "qwen3-vl-8b.json"
+PUBLISHED = json.loads((Path(__file__).parents[2] / "docs" / "configs" / "qwen3-vl-8b.json").read_text())
+PUBLISHED["text_config"] |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 152000}
+PUBLISHED["vision_config"] |= {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2}
+PUBLISHED["vision_config"] |= {"out_hidden_size": 64, "deepstack_visual_indexes": [0]}
+CONFIG = json.dumps(PUBLISHED).encode()
 COMMIT = "0123456789012345678901234567890123456789"
 RECIPE = """
 name: hub
@@ -36,7 +41,7 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", COMMIT)
         if found:
             self.send_header("ETag", '"config"')
-            self.send_header("Content-Length", str(len(CONFIG.read_bytes())))
+            self.send_header("Content-Length", str(len(CONFIG)))
         else:
             self.send_header("X-Error-Code", "EntryNotFound")
         self.end_headers()
@@ -44,7 +49,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.do_HEAD()
         if self.path.endswith("/config.json"):
-            self.wfile.write(CONFIG.read_bytes())
+            self.wfile.write(CONFIG)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -79,7 +84,7 @@ def test_a_model_comes_from_the_hub_then_from_its_cache(
 ) -> None:
     assert plan(tmp_path) == 0
     first = capsys.readouterr().out
-    assert "some/model, 8.78B parameters" in first  # adapters come to the 8.77
+    assert "hub: some/model, " in first and "embeddings 9.73M" in first  # 152,000 of 64
     assert any("tokenizer" in path for path in hub.asked)  # lengths would be better with one
     hub.away = True
     hub.asked.clear()

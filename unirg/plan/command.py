@@ -92,6 +92,11 @@ def make_plan(
     with contextlib.redirect_stderr(io.StringIO()):  # transformers' advice on loading is not about a plan
         policy, lengths = plan_policy(recipe, config, given)
         policies = in_depth(recipe, policy)
+    if given is not None and len(lengths.prompt) > (limit := recipe.policy.max_prompt_tokens):
+        raise UserError(
+            f"--prompt-tokens, --films: they make a prompt of {len(lengths.prompt)} tokens, and "
+            f"policy.max_prompt_tokens allows {limit}"
+        )
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     stages = []
     done: list[tuple[Any, Any]] = []

@@ -18,8 +18,8 @@ LIVE, BUCKET = 1_000_000_000, 500_000_000
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a policy's weights, of its gradients and of what every rank holds in any case; how many weights, and
-    how many of them by where FSDP2 puts them: in layers, in the largest layer, in the rest."""
+    """Bytes of a policy's weights, of its gradients and of what every rank holds in any case; how many weights it has
+    without its adapters, and with them by where FSDP2 puts them: in layers, in the largest layer, in the rest."""
 
     all: int
     trained: int
@@ -42,7 +42,8 @@ def weights_of(policy: Policy, stage: StageConfig) -> Weights:
         size = unsharded + trained
     layers = [sum(p.numel() for p in layer.parameters()) for layer in stacked_layers(sharded)]
     rest = sum(p.numel() for p in sharded.parameters()) - sum(layers)
-    return Weights(size, trained, unsharded, sum(p.numel() for p in own), sum(layers), max(layers, default=0), rest)
+    count = sum(p.numel() for name, p in policy.model.named_parameters() if "lora_" not in name)
+    return Weights(size, trained, unsharded, count, sum(layers), max(layers, default=0), rest)
 
 
 def reference_bytes(recipe: Recipe, stage: StageConfig, weights: Weights) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
 from unirg.data import load_studies
@@ -180,7 +180,7 @@ def _source(settings: PolicyConfig, config: Path | None) -> tuple[str, bool]:
 def _config(source: str, trust: bool, local: bool, key: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust, local_files_only=local)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         if local:
             raise UserError(
                 f"{key}: '{source}' is no folder here and not in the hub's cache, and the hub does not answer; name a "
@@ -235,7 +235,7 @@ def _assumed(policy: Policy, given: Given, why: str) -> Lengths:
                 f"policy.model: how many tokens a film takes is not known for models of type {config.model_type}; give "
                 "--config a folder with its processor, beside data that can be read"
             )
-        film = given.film_size // (config.vision_config.patch_size * config.vision_config.spatial_merge_size)
+        film = max(1, given.film_size // (config.vision_config.patch_size * config.vision_config.spatial_merge_size))
     prompt = _text_and_films(policy, given.text, given.films if film else 0, film)
     return Lengths(prompt, prompt, given.report, 2 * given.report, f"{why}, the longest report twice the mean")
 
