@@ -163,7 +163,7 @@ def test_a_server_that_is_not_there_is_waited_for(
         ({"dtype": "bfloat16"}, "its dtype is bfloat16, and the run needs float32"),
         ({"architecture": "LlamaForCausalLM"}, "its architecture is LlamaForCausalLM"),
         ({"logprobs_mode": "raw_logprobs"}, "its logprobs_mode is raw_logprobs"),
-        ({"max_model_len": 100}, "start it with --max-model-len 4100"),
+        ({"max_model_len": 100}, "start it with --max-model-len 4096"),  # its model's own, less than the recipe allows
     ],
 )
 def test_a_server_of_another_kind_is_refused(policy: Policy, what: dict[str, Any], error: str) -> None:
@@ -180,6 +180,16 @@ def test_a_refused_request_names_the_study_and_is_not_repeated(
         with pytest.raises(UserError, match=error) as raised:
             sample(sampler_of(policy, server), studies[:1])
         assert server.paths.count(GENERATE) == 1 and "study s0" in str(raised.value)
+
+
+def test_a_prompt_that_leaves_no_room_for_a_report_is_named(policy: Policy, studies: list[Study]) -> None:
+    """vLLM would cut the report short, and it would pass for one that is truncated."""
+    with serve(policy) as server:
+        sampler = sampler_of(policy, server)
+        sampler.tokens = len(policy.encode(studies[0])) + 3
+        with pytest.raises(UserError, match=r"study s0: its prompt has \d+ tokens, which leaves less than the 4 of a"):
+            sample(sampler, studies[:1])
+        assert server.paths.count(GENERATE) == 0
 
 
 def test_an_error_does_not_wait_for_what_hangs(policy: Policy, studies: list[Study]) -> None:

@@ -17,8 +17,10 @@ from unirg.policy import EncodedPrompt, Policy
 from unirg.rollout.sampler import Sample, SamplingConfig, VllmConfig
 from unirg.rollout.vllm_inputs import (
     PromptInputs,
+    check_length,
     check_loaded,
     check_prompt,
+    context,
     make_sample,
     model_source,
     require_vllm,
@@ -41,6 +43,7 @@ class ColocatedSampler:
         from vllm import LLM
 
         cuda = torch.cuda.is_available()
+        self.tokens = context(policy, sampling.max_new_tokens)
         self.policy, self.sleeps, self.asleep, self.filled = policy, config.sleep and cuda, False, False
         if config.sleep and not cuda:
             console.print("rollout.vllm.sleep: needs CUDA, so vLLM keeps its memory here", highlight=False)
@@ -52,7 +55,7 @@ class ColocatedSampler:
                 load_format="auto" if policy.base.name_or_path else "dummy",  # both are overwritten
                 dtype=policy.config.dtype,
                 trust_remote_code=policy.config.trust_remote_code,
-                max_model_len=policy.config.max_prompt_tokens + sampling.max_new_tokens,
+                max_model_len=self.tokens,
                 max_num_seqs=sampling.rows_per_forward,
                 gpu_memory_utilization=config.gpu_memory_utilization,
                 limit_mm_per_prompt={"image": max(1, images), "video": 0} if policy.reads_images else {},
@@ -113,6 +116,7 @@ class ColocatedSampler:
         with torch.autocast(device, enabled=False), torch.random.fork_rng(devices=[]):
             try:
                 for i, (prompt, own) in enumerate(zip(prompts, seeds, strict=True)):
+                    check_length(prompt, max_new_tokens, self.tokens)
                     wanted = sampling_parameters(self.policy, own, temperature, max_new_tokens)
                     parameters = SamplingParams(**wanted, output_kind=RequestOutputKind.FINAL_ONLY)
                     try:

@@ -182,6 +182,24 @@ def sampling_parameters(
     }
 
 
+def context(policy: Policy, report: int) -> int:
+    """Tokens of the longest prompt with a report of so many: what the recipe allows, and at most what the model takes,
+    beyond which vLLM does not start."""
+    takes = getattr(policy.base.config.get_text_config(), "max_position_embeddings", None)
+    allowed = policy.config.max_prompt_tokens + report
+    return min(allowed, takes or allowed)
+
+
+def check_length(prompt: EncodedPrompt, report: int, tokens: int) -> None:
+    """Raises UserError where the prompt leaves less than a report's tokens of the context: vLLM would cut it short."""
+    if len(prompt) + report > tokens:
+        raise UserError(
+            f"study {prompt.study_id}: its prompt has {len(prompt)} tokens, which leaves less than the {report} of a "
+            f"report in the model's context of {tokens}; shorten the prompt, or lower the stage's "
+            "sampling.max_new_tokens or evaluation.max_new_tokens"
+        )
+
+
 def check_prompt(prompt: EncodedPrompt, reported: Sequence[int] | None, where: str) -> None:
     """Raises UserError where vLLM read other token ids than the trainer trains on."""
     mine = prompt.ids_P.tolist()

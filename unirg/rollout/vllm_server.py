@@ -31,8 +31,10 @@ from unirg.rollout.vllm_client import PROBE, Fault, Server
 from unirg.rollout.vllm_inputs import (
     PromptInputs,
     architecture,
+    check_length,
     check_loaded,
     check_prompt,
+    context,
     make_sample,
     model_source,
     require_vllm,
@@ -57,7 +59,7 @@ class ServerSampler:
     def __init__(self, policy: Policy, config: VllmConfig, sampling: SamplingConfig) -> None:
         self.policy, self.config = policy, config
         self.dtype = getattr(torch, policy.config.dtype)
-        self.tokens = policy.config.max_prompt_tokens + sampling.max_new_tokens
+        self.tokens = context(policy, sampling.max_new_tokens)
         self.servers = [Server(url) for url in config.servers]
         self.inputs = PromptInputs(policy, _vllm_processor(policy))
         self.run = ranks.everyones(secrets.token_hex(4))[0]
@@ -141,7 +143,7 @@ class ServerSampler:
         if what["max_model_len"] < self.tokens:
             raise UserError(
                 f"{server.url}: takes {what['max_model_len']} tokens, and policy.max_prompt_tokens with the longest "
-                f"report that the recipe asks for are {self.tokens}; start it with --max-model-len {self.tokens}"
+                f"report that the recipe asks for needs {self.tokens}; start it with --max-model-len {self.tokens}"
             )
 
     def _stream(self, lacking: dict[Server, int], weights: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -293,6 +295,7 @@ class ServerSampler:
 
     def _group(self, i: int, prompt: EncodedPrompt, parameters: dict[str, Any]) -> list[Sample] | None:
         """A study's samples from the first server that gives them; None where none does."""
+        check_length(prompt, parameters["max_tokens"], self.tokens)
         body = self.inputs.request(prompt) | {"sampling_params": parameters}
         for k in range(len(self.servers)):
             server = self.servers[(i + k + ranks.rank()) % len(self.servers)]
