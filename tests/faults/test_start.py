@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.faults.runs import job, wait_for
+from tests.faults.runs import environment, job, wait_for
 
 pytestmark = pytest.mark.faults
 FILMS = 8
@@ -157,3 +157,25 @@ def write_end(pipe: Path) -> int | None:
         return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
         return None
+
+
+SLOW = """
+import sys, time
+from unirg import doctor
+from unirg.doctor import network
+network.SECONDS = 10
+def slow():
+    time.sleep(12)
+    yield doctor.Finding("memory", "ok", "looked at")
+doctor.check_memory = slow
+sys.exit(doctor.doctor(None))
+"""
+
+
+def test_doctor_waits_for_a_node_that_takes_long_to_look_at(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW, encoding="utf-8")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "slow.py")]
+    here = environment(PYTHONPATH=str(Path(__file__).parents[2]))
+    ended = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=here, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert "looked at" in ended.stdout and "2 ranks add up" in ended.stdout

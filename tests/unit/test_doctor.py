@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from unirg import check
 from unirg.cli import main
 from unirg.doctor import network, node, recipe
 from unirg.doctor.finding import Finding
@@ -188,6 +190,27 @@ def test_a_server_that_does_not_answer_fails_and_is_not_waited_for(written: Writ
     assert f"{url} does not answer" in failed
     assert "unirg rewards serve" in failed and "unirg rollout-server" in failed
     assert Finding("rewards", "ok", "stage g: bleu") in findings
+
+
+def test_a_server_that_speaks_something_else_fails(written: Written) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=lambda: other.accept()[0].sendall(b"SSH-2.0-OpenSSH\r\n"), daemon=True).start()
+        url = f"http://127.0.0.1:{other.getsockname()[1]}"
+        rollout = {"engine": "vllm", "vllm": {"mode": "server", "servers": [url]}}
+        assert f"{url} does not answer (SSH-2.0-OpenSSH)" in bad(recipe.check_recipe(written(rollout=rollout), []))
+
+
+def test_what_a_recipe_wants_installed_is_looked_for(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "find_spec", lambda name: None)
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    grpo = {"name": "g", "kind": "grpo", "steps": 1, "studies_per_step": 1, "optimiser": {"learning_rate": 1e-3}}
+    stage = grpo | {"rewards": [{"name": "bleu"}], "shared_prefix_kernel": "flex"}
+    policy = {"tiny": {}, "lora": {}}
+    failed = bad(recipe.check_recipe(written(stages=[stage], rollout={"engine": "vllm"}, policy=policy), []))
+    assert "vllm is not installed" in failed
+    assert "policy.lora needs peft" in failed
+    assert "flex needs a CUDA device" in failed
 
 
 def test_studies_that_do_not_divide_by_the_ranks_fail(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:

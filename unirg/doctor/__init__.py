@@ -9,6 +9,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,10 +24,12 @@ from unirg.doctor.network import (
     check_port,
     gather_findings,
     join,
+    waited_for,
 )
 from unirg.doctor.node import check_cpu, check_gpus, check_memory, check_temporary, check_versions
 from unirg.doctor.recipe import check_recipe
 from unirg.errors import UserError
+from unirg.recipe.load import load_recipe
 
 SIGNS = {"ok": "[green]ok  [/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
 
@@ -51,16 +54,20 @@ def doctor(recipe: Path | None, overrides: Sequence[str] = (), *, as_json: bool 
         check_temporary,
     ]
     checks += [check_interfaces] + [check_port] * (ranks == 1)
-    if first_of_node:
-        with console.status("looking at the node"):
-            for check in checks:
-                findings += check()
     if recipe is not None and first_of_node:
-        with console.status("looking at the recipe's model, data and rewards"):
-            findings += check_recipe(recipe, overrides)
-    with console.status("ranks talk to each other"):
-        if ranks > 1:
+        load_recipe(recipe, list(overrides))  # ranks that meet would wait for one that cannot read it
+    if ranks > 1:
+        with console.status("ranks meet"):
             join()
+    with waited_for() if ranks > 1 else nullcontext():
+        if first_of_node:
+            with console.status("looking at the node"):
+                for check in checks:
+                    findings += check()
+        if recipe is not None and first_of_node:
+            with console.status("looking at the recipe's model, data and rewards"):
+                findings += check_recipe(recipe, overrides)
+    with console.status("ranks talk to each other"):
         findings += check_collective()
     shown = findings
     if ranks > 1:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -18,6 +19,8 @@ from unirg.errors import UserError
 AREA = "network"
 SECONDS = 60
 """How long ranks wait for each other here."""
+HOURS = 12
+"""How long they wait for a rank that looks at its node: a recipe may have many films, and rewards that load long."""
 MIB = 16
 """Size of the tensor that ranks add up."""
 PORT = 29500
@@ -71,8 +74,11 @@ def check_port() -> Iterator[Finding]:
         try:
             probe.bind(("", port))
         except OSError as error:
-            said = f"port {port} cannot be listened on ({error.strerror}): is another job here? torchrun --master-port"
-            yield Finding(AREA, "warn", said)
+            said = f"port {port} cannot be listened on ({error.strerror}): is another job here?"
+            other = (
+                "give torchrun --standalone on one node, --master-port (recipes/launch/torchrun.sh: PORT) on several"
+            )
+            yield Finding(AREA, "warn", f"{said} {other}")
         else:
             yield Finding(AREA, "ok", f"port {port} is free")
 
@@ -89,6 +95,20 @@ def join() -> None:
             f"rank {os.environ.get('RANK')} on {socket.gethostname()} met not all {os.environ.get('WORLD_SIZE')} ranks "
             f"at {at} within {SECONDS} s: {str(error).splitlines()[0]}. Is the address reachable from here, is the "
             "port open between the nodes, does GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) name the interface between them?"
+        ) from error
+
+
+@contextmanager
+def waited_for() -> Iterator[None]:
+    """All ranks end it together. Raises UserError where one of them is gone by then."""
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=HOURS))
+    yield
+    try:
+        dist.barrier(patient)
+    except RuntimeError as error:
+        raise UserError(
+            f"rank {dist.get_rank()} on {socket.gethostname()}: another rank ended while it looked at its node, and "
+            f"said why ({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -10,18 +10,22 @@ import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from unirg import zero3
-from unirg.check import check_rewards, check_shares, check_split, check_trackers, unique
+from unirg.check import check_engine, check_rewards, check_shares, check_split, check_trackers, unique
 from unirg.data import load_studies
 from unirg.doctor.finding import Finding
 from unirg.doctor.node import GIB
 from unirg.errors import UserError
+from unirg.grpo.choose import check_kernel
 from unirg.plan.disk import run_bytes
 from unirg.plan.policy import Given, plan_policy
 from unirg.recipe.load import load_recipe
@@ -48,9 +52,9 @@ def check_recipe(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=PROBE):
                 yield Finding("servers", "ok", f"{url} answers")
-        except OSError as error:
+        except (OSError, HTTPException) as error:  # nobody, or something else that listens there
             silent.append(url)
-            why = getattr(error, "reason", None) or error
+            why = str(getattr(error, "reason", None) or error).strip()
             yield Finding(
                 "servers",
                 "fail",
@@ -62,6 +66,13 @@ def check_recipe(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
         yield from _tried(
             "stages", f"{stage.name}: studies divide by {world} ranks", partial(check_shares, stage, world)
         )
+        if isinstance(stage, GrpoStage) and stage.shared_prefix and stage.shared_prefix_kernel != "auto":
+            kernel = partial(check_kernel, stage, recipe.policy, torch.cuda.is_available())
+            yield from _tried("stages", f"{stage.name}: {stage.shared_prefix_kernel} can run", kernel)
+    if recipe.rollout.engine != "hf":
+        yield from _tried("rollout", f"engine {recipe.rollout.engine} is installed", partial(check_engine, recipe))
+    if recipe.policy.lora is not None and find_spec("peft") is None:
+        yield Finding("model", "fail", "policy.lora needs peft: pip install 'unirg[lora]'")
     if recipe.trackers:
         yield from _tried("trackers", ", ".join(recipe.trackers), partial(check_trackers, recipe))
     if recipe.distributed.strategy == "zero3":
