@@ -16,7 +16,7 @@ from unirg.plan.compute import StageCost, _update, stage_cost
 from unirg.plan.disk import checkpoint_bytes, run_bytes, written
 from unirg.plan.machine import GPUS
 from unirg.plan.memory import moments, weights_of
-from unirg.plan.policy import Given, Lengths, in_depth, parameters, plan_policy
+from unirg.plan.policy import Lengths, in_depth, parameters, plan_policy
 from unirg.policy import Policy, vision_tower
 from unirg.recipe.load import load_recipe
 from unirg.recipe.schema import Recipe
@@ -365,27 +365,3 @@ def test_a_recipe_without_grpo_is_planned_too(path: Path, capsys: pytest.Capture
     path.write_text(TEXT[: TEXT.index("  - name: grpo")])
     status, out, _ = run(capsys, path, "--gpus", 2)
     assert status == 0 and "10 steps" in out
-
-
-def test_a_config_with_a_wrong_value_is_told(path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    published = json.loads((Path(__file__).parents[2] / "docs" / "configs" / "qwen3-vl-8b.json").read_text())
-    published["text_config"]["hidden_size"] = "big"
-    (tmp_path / "config.json").write_text(json.dumps(published))
-    status, _, err = run(capsys, path, "--config", tmp_path / "config.json", "policy={model: m}")
-    assert status == 2 and "no model configuration could be read" in err and "hidden_size" in err
-
-
-def test_a_film_smaller_than_a_token_still_makes_one(path: Path) -> None:
-    config = Path(__file__).parents[2] / "docs" / "configs" / "qwen3-vl-8b.json"
-    recipe = load_recipe(path, ["policy={model: m, image_size: 20}"])
-    _, lengths = plan_policy(recipe, config, Given(text=100, films=2))
-    assert len(lengths.prompt) == 100 + 2 * (1 + 2)
-
-
-def test_the_published_sizes_give_the_published_count(path: Path) -> None:
-    """Qwen3-VL-8B's card says 8.77 billion; lengths are assumed where there is no tokenizer."""
-    config = Path(__file__).parents[2] / "docs" / "configs" / "qwen3-vl-8b.json"
-    recipe = load_recipe(path, ["policy={model: Qwen/Qwen3-VL-8B-Instruct, image_size: 512}"])
-    policy, lengths = plan_policy(recipe, config, Given(text=100, films=2))
-    assert round(sum(parameters(policy).values()) / 1e9, 2) == 8.77
-    assert len(lengths.prompt) == 100 + 2 * (16 * 16 + 2)
