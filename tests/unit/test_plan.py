@@ -344,7 +344,7 @@ def test_what_does_not_fit_says_what_to_try(
         (("--compute-share", "1.5"), "--compute-share: expected a share above 0"),
         (("--reward-seconds", "r9=1"), "no reward or metric 'r9'; there are bleu"),
         (("--reward-seconds", "bleu=fast"), "expected LABEL=SECONDS such as r1=0.001, got 'bleu=fast'"),
-        (("policy={model: no/such-folder}",), "'no/such-folder' is no folder here and not in the hub's cache, and the"),
+        (("policy={model: no/such-folder}",), "'no/such-folder' is no folder here and not in the hub's cache, and HF"),
         (("policy={model: /no/such/folder}",), "policy.model: '/no/such/folder': there is no such folder"),
         (
             ("--config", "missing.json", "policy={model: m}"),

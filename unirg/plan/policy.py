@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
@@ -182,8 +182,9 @@ def _config(source: str, trust: bool, local: bool, key: str) -> PretrainedConfig
         return AutoConfig.from_pretrained(source, trust_remote_code=trust, local_files_only=local)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         if local:
+            away = "HF_HUB_OFFLINE forbids to ask the hub" if constants.HF_HUB_OFFLINE else "the hub does not answer"
             raise UserError(
-                f"{key}: '{source}' is no folder here and not in the hub's cache, and the hub does not answer; name a "
+                f"{key}: '{source}' is no folder here and not in the hub's cache, and {away}; name a "
                 "folder with the model, or give its config.json with --config, or have it fetched where there is a "
                 f"network: hf download {source} config.json"
             ) from error
