@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -342,6 +343,35 @@ def test_a_push_that_a_server_does_not_take_ends(policy: Policy, monkeypatch: py
         assert sampler.away == {hung.url: "weights: 0 of 1 workers connected to 127.0.0.1 for weights"}
         assert well.version == sampler.version
         assert sampler.servers[0].open == sampler.servers[1].open == set()
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_stop_does_not_wait_for_a_server_that_stands_still_in_a_push(policy: Policy, reads: bool) -> None:
+    """Before it connects for weights, and where it has connected and reads none."""
+    asked, over, waited = threading.Event(), threading.Event(), threading.Event()
+
+    def script(path: str, number: int) -> str | None:
+        if (path, number) != (RPC, 1):
+            return None
+        with socket.create_connection(server.bodies[-1]["args"][:2]) if reads else nullcontext() as connection:
+            if connection is not None:
+                connection.sendall(server.bodies[-1]["args"][2].encode())
+            asked.set()
+            over.wait(20)
+            waited.set()
+        return "drop"
+
+    with torch.no_grad():  # more than sockets hold
+        policy.base.get_output_embeddings().weight = torch.nn.Parameter(torch.zeros(310, 32 * 1024))
+    with serve(policy, script=script) as server, signals.handled():
+        sampler = sampler_of(policy, server, timeout=300.0)
+        stop = threading.Thread(target=lambda: (asked.wait(30), time.sleep(0.5), os.kill(os.getpid(), signal.SIGTERM)))
+        stop.start()
+        with pytest.raises(signals.Stopped):
+            sampler.sync_weights()
+        assert not waited.is_set()
+        over.set()
+        stop.join()
 
 
 def test_a_stream_of_weights_wants_its_token_and_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,30 +149,39 @@ class ServerSampler:
     def _stream(self, lacking: dict[Server, int], weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Sends the weights to the servers, all at once; ranks that send nothing take part in the gathering."""
         queues: list[Tensors] = [Queue(maxsize=2) for _ in lacking]
+        streams: list[WeightStream] = []
         with ThreadPoolExecutor(max(1, len(lacking))) as pool:
-            sends = {s: pool.submit(self._send, s, n, queue) for (s, n), queue in zip(lacking.items(), queues)}
+            sends = {s: pool.submit(self._send, s, n, queue, streams) for (s, n), queue in zip(lacking.items(), queues)}
             try:
                 for weight in weights:
                     for queue in queues:
                         queue.put(weight)
-            finally:
                 for queue in queues:
                     queue.put(None)
-            for server, send in sends.items():
-                try:
-                    send.result()
-                except (Fault, OSError) as error:
-                    self.away[server.url] = f"weights: {error}"
+                for server, send in sends.items():
+                    try:
+                        send.result()
+                    except (Fault, OSError) as error:
+                        self.away[server.url] = f"weights: {error}"
+            except BaseException:  # a signal, for one, which does not wait for a server that stands still
+                for server in lacking:
+                    server.break_off()
+                for stream in streams:
+                    stream.break_off()
+                for queue in queues:
+                    queue.put(None)
+                raise
 
-    def _send(self, server: Server, workers: int, tensors: Tensors) -> None:
-        """Sends one server what comes out of the queue, up to None, and has it forget what it computed before: the
-        keys and values of prompts, and the vision tower's features."""
+    def _send(self, server: Server, workers: int, tensors: Tensors, streams: list[WeightStream]) -> None:
+        """Sends one server what comes out of the queue, up to None, by a stream that it adds to `streams`; and has it
+        forget what it computed before: the keys and values of prompts, and the vision tower's features."""
         timeout, more = self.config.timeout, True
         try:
             with (
                 closing(WeightStream(server.host, server.port, workers, timeout)) as stream,
                 ThreadPoolExecutor(1) as pool,
             ):
+                streams.append(stream)
                 # Longer than another server may keep this one waiting for its next tensor, or both would be torn.
                 where = (*stream.address, stream.token, timeout + 3 * PROBE)
                 # It answers when all is there: a time limit on the whole would be one on the model's size.

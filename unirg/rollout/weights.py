@@ -16,6 +16,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -100,6 +101,12 @@ class WeightStream:
         """Says that this was all: without it the workers take the stream for torn."""
         for connection in self.connections:
             connection.sendall(struct.pack("!I", 0))
+
+    def break_off(self) -> None:
+        """Ends a `write` in another thread."""
+        for connection in self.connections:
+            with suppress(OSError):  # it may be at its end
+                connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Closes whatever is open."""
