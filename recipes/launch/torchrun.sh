@@ -9,9 +9,9 @@
 # leaves, or one.
 # RESTARTS (one node): how often the ranks are started again, from the last checkpoint, where one of them fails.
 #
-# SIGUSR1, SIGTERM, Ctrl-C or a closed terminal, told to this script on any of the nodes: all ranks stop together, with a
-# checkpoint, and the same command goes on from it. The signal goes to the ranks themselves: torchrun would die of SIGUSR1,
-# and after the others it would leave them 30 seconds. Under nohup a closed terminal stops nothing.
+# SIGUSR1, SIGTERM, Ctrl-C or a closed terminal, on any of the nodes: all ranks stop together, with a checkpoint, and the
+# same command goes on from it. The signal goes to the ranks themselves: torchrun would die of SIGUSR1, and after the
+# others it would leave them 30 seconds. Under nohup a closed terminal stops nothing.
 set -uo pipefail
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # nvidia-smi lists the others too
     gpus=${GPUS:-$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)}
@@ -44,7 +44,8 @@ while kill -0 "$torchrun" 2>/dev/null; do
         wait "$torchrun" # until it ends, or a signal comes
     else
         parent=$torchrun
-        while child=$(pgrep -o -P "$parent" -f torch.distributed.run); do parent=$child; done # PYTHON may be a container's
+        # PYTHON may be a container's own process.
+        while child=$(pgrep -o -P "$parent" -f torch.distributed.run); do parent=$child; done
         ranks=$(pgrep -P "$parent")
         while [ -n "$ranks" ]; do
             # Again and again: those that have only just started may not have heard it.
