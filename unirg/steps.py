@@ -139,7 +139,6 @@ class Steps:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         seed_everything(work.seed("step", step, work.accelerator.process_index))
-        self.optimiser.zero_grad(set_to_none=True)
         if engine is not None:
             zero3.clear(engine)
         metrics = step_metrics(step)
@@ -157,6 +156,7 @@ class Steps:
             )
         with work.uninterrupted("optimiser"):
             (engine or self.optimiser).step()
+            self.optimiser.zero_grad()  # evaluations and the next reports need their room
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
             cpu_seconds += metrics.get("time/workers_cpu", 0.0)
             metrics |= {"learning_rate": rate, "grad_norm": norm.item()}

@@ -286,6 +286,7 @@ def trained_with_evaluations(
         return {"loss": 0.0}
 
     def evaluate() -> dict[str, float]:
+        assert layer.weight.grad is None  # its room is the evaluation's
         after.append(layer.weight.detach().clone())
         figure = next(measured)
         if isinstance(figure, str):

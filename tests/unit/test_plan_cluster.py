@@ -104,10 +104,10 @@ def test_a_frozen_tower_stays_frozen_after_a_vision_stage(path: Path) -> None:
     assert trained == size(policy.model) - size(policy.base.model.visual)
 
 
-def test_gradients_are_there_while_a_stage_is_evaluated(plan: Plan) -> None:
+def test_no_gradients_are_there_while_reports_are_written(plan: Plan) -> None:
     sft, grpo = (plan(name)["memory"] for name in ("sft", "grpo"))
-    assert sft["evaluation"]["gradients"] == sft["optimiser"]["gradients"]
-    assert "gradients" not in grpo["sampling"]  # the step begins without
+    assert sft["optimiser"]["gradients"]
+    assert "gradients" not in sft["evaluation"] and "gradients" not in grpo["sampling"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -123,7 +123,7 @@ def moments(
     if cost.sampling is not None:
         found = {"sampling": writing(cost.sampling)} | found
     if cost.evaluation is not None:
-        found["evaluation"] = gradients | writing(cost.evaluation)  # they go when the next step begins
+        found["evaluation"] = writing(cost.evaluation)
     return {moment: {name: float(size) for name, size in parts.items() if size} for moment, parts in found.items()}
 
 
