@@ -118,7 +118,7 @@ def test_nodes_train_sample_and_score(tmp_path: Path) -> None:
     train = """printf '%s\\n' "$SLURMD_NODENAME of $NODES, head $HEAD, $GPUS ranks" "$@" >>"log$SLURM_PROCID"
 while [ ! -e sampler ] || [ ! -e scorer ]; do sleep 0.05; done"""
     serve = """case $3 in rollout-server) name=sampler ;; *) name=scorer ;; esac
-printf '%s\\n' "$SLURMD_NODENAME" "$@" "$UNIRG_REWARDS_HOST" >part && mv part "$name"
+printf '%s\\n' "$SLURMD_NODENAME" "$@" "$UNIRG_REWARDS_HOST" >"$name.part" && mv "$name.part" "$name"
 exec sleep 1000"""
     job = Job(tmp_path, train, serve)
     wanted = {"SAMPLERS": "1", "REWARDS": "1", "MODEL": "a model", "SLURM_GPUS_ON_NODE": "4"}
