@@ -15,8 +15,17 @@ from typing import Any
 
 import torch
 
-from unirg.policy import Policy
+from unirg.policy import Policy, PolicyConfig, load_policy
+from unirg.prompt import PromptConfig
+from unirg.rollout import SamplingConfig
+from unirg.rollout.sampler import VllmConfig
+from unirg.rollout.vllm_server import ServerSampler
 from unirg.rollout.weights import receive_weights
+from unirg.study import Study
+from unirg.tiny import TinyConfig
+
+TINY = TinyConfig(vocabulary=310, hidden=32, heads=2, layers=1, mlp=32, vision_hidden=32, vision_layers=1)
+GENERATE, RPC = "/inference/v1/generate", "/collective_rpc"
 
 
 @dataclass
@@ -41,21 +50,21 @@ class RolloutServer:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, path: str, body: dict[str, Any]) -> Any:
-        if path == "/collective_rpc" and body["method"] == "unirg_describe":
+        if path == RPC and body["method"] == "unirg_describe":
             said = {"architecture": type(self.policy.base).__name__, "dtype": "float32", "max_model_len": 4100}
             said |= {"logprobs_mode": "processed_logprobs", "version": self.version}
             return {"results": [said | self.describes]}
-        if path == "/collective_rpc" and body["method"] == "unirg_fetch":
+        if path == RPC and body["method"] == "unirg_fetch":
             self.version = None
             self.loaded = {name: tensor.clone() for name, tensor in receive_weights(*body["args"])}
             self.pushes += 1
             return {
                 "results": [{"missing": [n for n, _ in self.policy.base.named_parameters() if n not in self.loaded]}]
             }
-        if path == "/collective_rpc":
+        if path == RPC:
             (self.version,) = body["args"]
             return {"results": [{"version": self.version}]}
-        if path == "/inference/v1/generate":
+        if path == GENERATE:
             wanted = body["sampling_params"]
             ids = self._first_tokens(body["token_ids"], wanted)
             content = [{"token": str(token), "logprob": -1.0} for token in ids]
@@ -119,3 +128,24 @@ def serve(policy: Policy, **settings: Any) -> Iterator[RolloutServer]:
         server.over.set()
         http.shutdown()
         http.server_close()
+
+
+def text_policy() -> Policy:
+    """One whose prompts have no images: vLLM itself is needed for those alone."""
+    return load_policy(PolicyConfig(tiny=TINY), PromptConfig(style="short", images=False), texts=["a b"], seed=0)
+
+
+def sampler_of(policy: Policy, *servers: RolloutServer, **settings: Any) -> ServerSampler:
+    config = VllmConfig(mode="server", servers=[server.url for server in servers], **{"wait": 20.0} | settings)
+    return ServerSampler(policy, config, SamplingConfig(max_new_tokens=4))
+
+
+def sample(sampler: ServerSampler, studies: list[Study], group: int = 3, **options: Any) -> list[list[Any]]:
+    prompts = [sampler.policy.encode(study) for study in studies]
+    seeds = [[100 * i + g for g in range(group)] for i in range(len(studies))]
+    return sampler.sample(prompts, seeds, **{"temperature": 0.7, "max_new_tokens": 4} | options)
+
+
+def first_token(policy: Policy, study: Study) -> int:
+    with torch.no_grad():
+        return int(policy.model(input_ids=policy.encode(study).ids_P[None]).logits[0, -1].argmax())

@@ -188,7 +188,7 @@ def assumptions(recipe: Recipe, cluster: Cluster, lengths: Lengths) -> list[str]
         rows = f"{device.vllm_rows} (a server's default)" if served else "sampling.rows_per_forward"
         said.append(f"vLLM decodes at most {rows} reports at once, limited by its bandwidth or products alone")
         if served:
-            said.append(f"weights go to every server at {device.stream / 1e9:.3g} GB/s, to all at once")
+            said.append(f"weights go to the servers, which the ranks share, at {device.stream / 1e9:.3g} GB/s a rank")
     elif any(getattr(stage, "ahead", False) for stage in recipe.stages):
         said.append("one step ahead, the policy and its copy that samples take turns on one device: no time is saved")
     said += [

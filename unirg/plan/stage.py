@@ -1,5 +1,6 @@
 """A stage's plan: memory, tokens and FLOPs by phase, seconds by phase, what bounds it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -205,13 +206,14 @@ def _vllm(setting: Setting, reports: Reports, batch: int) -> dict[str, Seconds]:
 
 
 def _push(setting: Setting, size: int, bandwidth: float) -> Seconds:
-    """All weights to vLLM, `size` bytes: within the device, or to all servers at once; sharded ones are gathered
-    meanwhile, one parameter at a time and in their own precision."""
+    """All weights to vLLM, `size` bytes: within the device, or to servers that the ranks share; sharded ones are
+    gathered meanwhile, one parameter at a time and in their own precision."""
     recipe, weights, cluster = setting.recipe, setting.weights, setting.cluster
     sharded = shards(recipe, setting.stage, cluster.world) > 1
     gathering = cluster.around * weights.all / cluster.link if sharded else 0.0
     if recipe.rollout.vllm.mode == "server":
-        return _phase(max(gathering, size / cluster.machine.stream), "network")
+        share = math.ceil(cluster.sampling_gpus / cluster.world)  # of the servers, on the rank that has most
+        return _phase(max(gathering, share * size / cluster.machine.stream), "network")
     copying = (weights.all + size) / bandwidth
     return _phase(max(gathering, copying), "network" if gathering > copying else "memory bandwidth")
 

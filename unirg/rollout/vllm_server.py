@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 
 from unirg import ranks, signals, watchdog
+from unirg.distributed import is_sharded
 from unirg.errors import UserError
 from unirg.policy import EncodedPrompt, Policy
 from unirg.rollout.sampler import Sample, SamplingConfig, VllmConfig
@@ -87,26 +88,34 @@ class ServerSampler:
         self.told = set(self.away)
 
     def _push(self) -> None:
-        """Pushes the current weights to the servers that do not have them."""
-        lacking: dict[Server, int] = {}
-        refusal: str | None = None
+        """Pushes the current weights to the servers that do not have them, which the ranks share among them: no one
+        process, nor one host's network, has to feed them all."""
+        lacking: dict[str, int] = {}
+        refusals: list[str] = []
         if ranks.rank() == 0:
             try:
                 lacking = self._look_around()
             except UserError as error:
-                refusal = str(error)
-        if ranks.everyones(bool(lacking))[0]:
-            weights = named_weights(self.policy.model, self.dtype)
+                refusals = [str(error)]
+        refusals, self.away, lacking = ranks.everyones((refusals, self.away, lacking))[0]
+        if lacking and not refusals:
+            behind = [server for server in self.servers if server.url in lacking]
+            feeders = [i * ranks.world() // len(behind) for i in range(len(behind))]  # far apart: on all hosts
+            mine = {s: lacking[s.url] for s, rank in zip(behind, feeders, strict=True) if rank == ranks.rank()}
             try:
-                self._stream(lacking, weights)
+                if mine or is_sharded(self.policy.model):
+                    self._stream(mine, named_weights(self.policy.model, self.dtype))
             except UserError as error:
-                refusal = str(error)
-        refusal, self.away = ranks.everyones((refusal, self.away))[0]
-        if refusal is not None:
-            raise UserError(refusal)
+                refusals = [str(error)]
+            everyones = ranks.everyones((refusals, self.away))
+            refusals = [text for own, _ in everyones for text in own]
+            self.away = {url: why for _, away in everyones for url, why in away.items()}
+        if refusals:
+            raise UserError("\n".join(dict.fromkeys(refusals)))
 
-    def _look_around(self) -> dict[Server, int]:
-        """Asks every server what it is; returns those without the current weights, with their number of workers."""
+    def _look_around(self) -> dict[str, int]:
+        """Asks every server what it is; returns how many workers those have, by address, that lack the current
+        weights."""
         self.away = {}
         lacking = {}
 
@@ -124,7 +133,7 @@ class ServerSampler:
                 continue
             self._check(server, answer[0])
             if any(worker["version"] != self.version for worker in answer):
-                lacking[server] = len(answer)
+                lacking[server.url] = len(answer)
         return lacking
 
     def _check(self, server: Server, what: dict[str, Any]) -> None:
@@ -147,7 +156,7 @@ class ServerSampler:
             )
 
     def _stream(self, lacking: dict[Server, int], weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Sends the weights to the servers, all at once; ranks that send nothing take part in the gathering."""
+        """Sends the weights to these servers, all at once; a rank that has none takes part in the gathering."""
         queues: list[Tensors] = [Queue(maxsize=2) for _ in lacking]
         streams: list[WeightStream] = []
         with ThreadPoolExecutor(max(1, len(lacking))) as pool:
