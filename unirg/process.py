@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from unirg.errors import UserError
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """What `flock` says on a file system that has no locks, as Lustre without the mount option `flock`."""
+
+GONE = re.compile(r"Connection (closed|reset) by peer|remote process exited")
+"""What gloo and NCCL say where the process at the other end has ended."""
 
 SEEN_SECONDS = 90
 """How long a rank looks for what another host has written: NFS keeps what it knows of a folder for up to 60."""
@@ -55,6 +59,11 @@ def joined(timeout: float) -> Iterator[None]:
         except RuntimeError as error:
             if number := signals.asked():  # so were the others, and one of them has ended while this one waited for it
                 raise signals.Stopped(number) from error
+            if gone := GONE.search(str(error)):
+                raise UserError(
+                    f"rank {ranks.rank()} (host {platform.node()}): another rank has gone ({gone[0]}); what ended it "
+                    "stands in its own output or the kernel's, and the same command goes on from the last checkpoint"
+                ) from error
             raise
         watchdog.comes_to("the end", waits=True)
         ranks.largest(0)  # the store of them all may end with the first

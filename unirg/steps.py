@@ -276,10 +276,11 @@ SHOWN = ("loss", "reward", "reward_std", "frac_reward_zero_std", "completions/me
 def _report_step(
     accelerator: Accelerator, stage: StageConfig, step: int, metrics: dict[str, float], state: dict[str, Any]
 ) -> None:
-    """One line per step, or per twentieth of a stage where steps are many."""
+    """One line per step; where steps are many, per twentieth of a stage, but one a minute."""
     every = max(1, stage.steps // 20)
     evaluated = any(name.startswith("eval/") for name in metrics)
-    if not accelerator.is_main_process or (step % every and step != stage.steps and not evaluated):
+    minute = int(state["seconds"] / 60) > int((state["seconds"] - metrics["time/step"]) / 60)
+    if not accelerator.is_main_process or (step % every and step != stage.steps and not evaluated and not minute):
         return
     parts = [f"{name.split('/')[-1]} {metrics[name]:.3f}" for name in SHOWN if name in metrics]
     parts += [f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith("eval/")]

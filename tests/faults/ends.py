@@ -29,6 +29,10 @@ def work(case: str) -> None:
     if case == "stopped":
         os.kill(os.getpid(), signal.SIGTERM)
         meet("a place")
+    if case == "killed":
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        meet("a place")
     if case == "stopped while the other waits" and rank == 0:
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGTERM)

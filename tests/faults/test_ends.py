@@ -41,6 +41,12 @@ def test_a_rank_that_fails_alone_keeps_its_status() -> None:
     assert [second for _, second in ends(3, "failing")[0]] == [2, 2, 2]
 
 
+def test_a_rank_whose_other_is_killed_says_so() -> None:
+    found, said = ends(3, "killed")
+    assert found == [[-9, 2]] * 3
+    assert said.count("rank 1 (host ") == said.count("another rank has gone (Connection ") == 3
+
+
 def test_a_long_part_is_waited_for_as_long_as_it_moves() -> None:
     """Two and a half times the timeout: with signs of life both ranks end well; without, the one that has stopped is
     named."""

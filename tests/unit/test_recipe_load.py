@@ -227,6 +227,7 @@ def test_wrong_tag_and_missing_key(write) -> None:
         ("stages.2.steps=1", "override 'stages.2.steps=1': stages has no item '2'; known here: warm, search"),
         ("name.x=1", "override 'name.x=1': name is 'base', which has no key 'x'"),
         ("name=${nme}", "override 'name=${nme}': name: Interpolation key 'nme' not found"),
+        ("name=${oc.env:NO_ONE}", "override 'name=${oc.env:NO_ONE}': name: Environment variable 'NO_ONE' not found"),
         ("data.limit=${x", "override 'data.limit=${x': "),
         ("data.limit={", "override 'data.limit={': "),
     ],

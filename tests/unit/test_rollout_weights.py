@@ -1,6 +1,7 @@
 """The weights that a rollout engine gets, and what recipes and commands say about engines."""
 
 import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from unirg.errors import UserError
 from unirg.policy import LoraConfig, Policy, load_policy
 from unirg.rollout import RolloutConfig, SamplingConfig
 from unirg.rollout.vllm_inputs import image_runs
-from unirg.rollout.vllm_launch import command
+from unirg.rollout.vllm_launch import command, serve
 from unirg.rollout.weights import named_weights
 from unirg.study import Study
 
@@ -101,6 +102,7 @@ def test_truncated_sampling_is_refused_with_its_reason(key: str) -> None:
         ({"servers": ["http://a:1"]}, "set rollout.vllm.mode=server"),
         ({"mode": "server", "servers": ["a:8000"]}, "'a:8000' is no address such as"),
         ({"mode": "server", "servers": ["http://a"]}, "'http://a' is no address such as"),
+        ({"mode": "server", "servers": ["http://a:b"]}, "'http://a:b' is no address such as"),
         ({"mode": "server", "servers": ["http://a:1", "http://a:1/"]}, "named twice"),
     ],
 )
@@ -114,6 +116,12 @@ def test_runs_of_image_tokens(tiny_policy: Policy, studies: list[Study]) -> None
     prompt = tiny_policy.encode(studies[3])  # two films of 64 pixels: 4 merged tokens each
     runs = image_runs(prompt.ids_P.tolist(), [tiny_policy.model.config.image_token_id])
     assert [length for _, length in runs] == [4, 4]
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_a_server_without_vllm_says_how_to_get_it() -> None:
+    with pytest.raises(UserError, match=r"pip install 'unirg\[vllm\]'"):
+        serve("m", [])
 
 
 def test_a_server_listens_here_alone_unless_told_otherwise() -> None:

@@ -199,12 +199,14 @@ def _paired(evaluation: Mapping[str, Any]) -> Table:
 
 def _looking(evaluation: Mapping[str, Any]) -> Table:
     arms = evaluation["arms"]
-    table = _table("greedy, sampled at temperature 1, and greedy with the films shuffled among the studies", arms)
+    sampled = any("sampled" in arm for arm in arms.values())
+    ways = "greedy, sampled at temperature 1, and" if sampled else "greedy, and"
+    table = _table(f"{ways} greedy with the films shuffled among the studies", arms)
     for key in looked_at(evaluation):
         greedy = [arm["metrics"].get(key) for arm in arms.values()]
         table.add_row(Text(f"{title(key)}, {against(key).removeprefix('against ')}"))
         table.add_row("  greedy", *(_mean(found) for found in greedy))
-        if any("sampled" in arm for arm in arms.values()):
+        if sampled:
             table.add_row("  sampled", *(_mean(arm.get("sampled", {}).get(key)) for arm in arms.values()))
         table.add_row("  films shuffled", *(_mean(arm["shuffled"].get(key)) for arm in arms.values()))
     return table

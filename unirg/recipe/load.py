@@ -65,7 +65,8 @@ def load(path: Path, overrides: Sequence[str], model: type[Model]) -> Model:
         tree = _plain(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = _parse_key(getattr(error, "full_key", None) or "")
-        raise RecipeError(_line(_place(key, files, applied), tree, key, str(error).splitlines()[0])) from error
+        words = str(error).splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ").strip('"')
+        raise RecipeError(_line(_place(key, files, applied), tree, key, words)) from error
     _resolve_defaults(tree, model)
     _lay_stage_data(tree)
     try:

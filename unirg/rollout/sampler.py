@@ -62,8 +62,12 @@ class VllmConfig(Section):
         if self.mode == "colocate" and self.servers:
             raise ValueError("rollout.vllm.servers: there are none in mode colocate; set rollout.vllm.mode=server")
         for url in self.servers:
-            parts = urlsplit(url)
-            if parts.scheme != "http" or not parts.hostname or not parts.port or parts.path.strip("/"):
+            try:
+                parts = urlsplit(url)
+                fits = parts.scheme == "http" and parts.hostname and parts.port and not parts.path.strip("/")
+            except ValueError:  # its port is no number
+                fits = False
+            if not fits:
                 raise ValueError(f"rollout.vllm.servers: '{url}' is no address such as http://10.0.0.7:8000")
         if len({url.rstrip("/") for url in self.servers}) < len(self.servers):
             raise ValueError("rollout.vllm.servers: an address is named twice")

@@ -1,5 +1,6 @@
 """`unirg rollout-server`: vLLM's own server, with what a trainer needs of it."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ def command(model: str, options: Sequence[str], cuda: bool) -> tuple[list[str], 
 
 
 def serve(model: str, options: Sequence[str]) -> int:
-    """Becomes the server: this process is replaced by vLLM's."""
+    """Becomes the server: this process is replaced by vLLM's. Raises UserError where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("rollout-server: vLLM is not installed in this environment; pip install 'unirg[vllm]'")
     start, environment = command(model, options, torch.cuda.is_available())
     os.execvpe(start[0], start, environment | os.environ)
