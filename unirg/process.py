@@ -56,6 +56,8 @@ def joined(timeout: float) -> Iterator[None]:
     with watchdog.watching(timeout):
         try:
             yield
+            watchdog.comes_to("the end", waits=True)
+            ranks.largest(0)  # the store of them all may end with the first
         except RuntimeError as error:
             if number := signals.asked():  # so were the others, and one of them has ended while this one waited for it
                 raise signals.Stopped(number) from error
@@ -65,8 +67,6 @@ def joined(timeout: float) -> Iterator[None]:
                     "stands in its own output or the kernel's, and the same command goes on from the last checkpoint"
                 ) from error
             raise
-        watchdog.comes_to("the end", waits=True)
-        ranks.largest(0)  # the store of them all may end with the first
     dist.destroy_process_group()
 
 

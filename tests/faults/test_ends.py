@@ -52,5 +52,7 @@ def test_a_long_part_is_waited_for_as_long_as_it_moves() -> None:
     named."""
     assert ends(1, "long")[0] == [[0, 0]]
     found, said = ends(1, "stalling")
-    assert found == [[124, 124]]
+    # Each ends by its own watch. Where the one that stalls is first, the other may see only that it has gone.
+    assert found in ([[124, 124]], [[124, 2]])
+    assert "Traceback" not in said and said.count("another rank has gone") == found[0].count(2)
     assert re.search(r"rank 0 \(host .*\) has been in 'work' of its start for \d+ s; rank 1 \(host", said), said
