@@ -95,7 +95,15 @@ def test_a_terminal_that_is_closed(nohup: bool, tmp_path: Path) -> None:
     variables = {"GPUS": "2", "PYTHON": sys.executable}
     with (tmp_path / "said").open("w") as said:
         started = subprocess.Popen(
-            command, cwd=tmp_path, env=environment() | variables, stdout=said, stderr=said, start_new_session=True
+            command,
+            cwd=tmp_path,
+            env=environment() | variables,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(
+                signal.SIGHUP, signal.SIG_DFL
+            ),  # these tests may be under nohup themselves
         )
     stage = run / "stages" / "sft"
     wait_for(lambda: len(run_folder.read_metrics(stage)) >= 3)
