@@ -10,7 +10,7 @@ from unirg import run as run_folder
 from unirg.recipe.load import dump_recipe, load_recipe
 
 STAGES = ("vision", "sft", "grpo")
-ENDS = "import unirg.process\ntorch.distributed.destroy_process_group()\nunirg.process.end(0)\n"
+ENDS = "import torch.distributed, unirg.process\ntorch.distributed.destroy_process_group()\nunirg.process.end(0)\n"
 """As a run's ranks end: the interpreter's own end may meet one of torch's threads, and abort."""
 
 

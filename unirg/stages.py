@@ -285,8 +285,7 @@ def stage_sampler(work: StageRun, dev: Sequence[Study]) -> Sampler:
     sampling = SamplingConfig(max_new_tokens=max_new_tokens(recipe))
     if isinstance(stage, GrpoStage):
         longest = max(stage.sampling.max_new_tokens, sampling.max_new_tokens if dev else 0)
-        rows = max(stage.sampling.rows_per_forward, stage.group_size)  # a group is never parted
-        sampling = stage.sampling.model_copy(update={"max_new_tokens": longest, "rows_per_forward": rows})
+        sampling = stage.sampling.model_copy(update={"max_new_tokens": longest, "rows_per_forward": stage.rows})
     return open_sampler(
         recipe.rollout,
         work.policy,

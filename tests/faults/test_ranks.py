@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,18 +95,11 @@ def test_a_terminal_that_is_closed(nohup: bool, tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "recipes" / "launch" / "torchrun.sh"
     command = [*["nohup"][: int(nohup)], str(script), str(run / "recipe.yaml")]
     variables = {"GPUS": "2", "PYTHON": sys.executable}
+    # These tests may be under nohup themselves.
+    default = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    settings: dict[str, Any] = {"cwd": tmp_path, "env": environment() | variables, "preexec_fn": default}
     with (tmp_path / "said").open("w") as said:
-        started = subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=environment() | variables,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(
-                signal.SIGHUP, signal.SIG_DFL
-            ),  # these tests may be under nohup themselves
-        )
+        started = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True, **settings)
     stage = run / "stages" / "sft"
     wait_for(lambda: len(run_folder.read_metrics(stage)) >= 3)
     os.killpg(started.pid, signal.SIGHUP)

@@ -160,15 +160,15 @@ def write_end(pipe: Path) -> int | None:
 
 
 SLOW = """
-import sys, time
-from unirg import doctor
+import time
+from unirg import doctor, process
 from unirg.doctor import network
 network.SECONDS = 10
 def slow():
     time.sleep(12)
     yield doctor.Finding("memory", "ok", "looked at")
 doctor.check_memory = slow
-sys.exit(doctor.doctor(None))
+process.end(doctor.doctor(None))
 """
 
 

@@ -75,21 +75,20 @@ def test_a_job_whose_time_ends_before_it_has_stopped_goes_back_as_well(tmp_path:
     assert job.lines("requeued") == ["31007"]
 
 
-def test_a_job_that_is_told_to_end_is_not_queued(tmp_path: Path) -> None:
-    job = Job(tmp_path, TRAINS_UNTIL_STOPPED)
+@pytest.mark.parametrize(
+    ("number", "train", "status"),
+    [
+        (signal.SIGTERM, TRAINS_UNTIL_STOPPED, 143),
+        (signal.SIGUSR1, TRAINS_UNTIL_STOPPED.replace("exit 138", "exit 0"), 0),
+    ],
+    ids=["told to end", "the run ends as its time is up"],
+)
+def test_a_job_that_is_not_queued_again(number: int, train: str, status: int, tmp_path: Path) -> None:
+    job = Job(tmp_path, train)
     running = job.start("x.yaml")
     job.wait_for("up")
-    running.send_signal(signal.SIGTERM)
-    assert running.wait(60) == 143
-    assert job.lines("requeued") == []
-
-
-def test_a_run_that_ends_as_its_time_is_up_is_not_queued(tmp_path: Path) -> None:
-    job = Job(tmp_path, TRAINS_UNTIL_STOPPED.replace("exit 138", "exit 0"))
-    running = job.start("x.yaml")
-    job.wait_for("up")
-    running.send_signal(signal.SIGUSR1)
-    assert running.wait(60) == 0
+    running.send_signal(number)
+    assert running.wait(60) == status
     assert job.lines("requeued") == []
 
 

@@ -55,7 +55,7 @@ def doctor(recipe: Path | None, overrides: Sequence[str] = (), *, as_json: bool 
     ]
     checks += [check_interfaces] + [check_port] * (ranks == 1)
     if recipe is not None and first_of_node:
-        load_recipe(recipe, list(overrides))  # ranks that meet would wait for one that cannot read it
+        load_recipe(recipe, overrides)  # ranks that meet would wait for one that cannot read it
     if ranks > 1:
         with console.status("ranks meet"):
             join()

@@ -156,9 +156,7 @@ def _vllm_rows(setting: Setting) -> int:
     stage = setting.stage
     if setting.recipe.rollout.vllm.mode == "server":
         return setting.cluster.machine.vllm_rows
-    if isinstance(stage, GrpoStage):
-        return max(stage.sampling.rows_per_forward, stage.group_size)
-    return SamplingConfig().rows_per_forward
+    return stage.rows if isinstance(stage, GrpoStage) else SamplingConfig().rows_per_forward
 
 
 def _vllm(setting: Setting, reports: Reports, batch: int) -> dict[str, Seconds]:

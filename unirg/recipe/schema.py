@@ -148,6 +148,11 @@ class GrpoStage(StageConfig):
     monitors: MonitorConfig = MonitorConfig()
     """Signs that the policy games its rewards: when to warn, when to stop."""
 
+    @property
+    def rows(self) -> int:
+        """Reports that are decoded at once: a group is never parted."""
+        return max(self.sampling.rows_per_forward, self.group_size)
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "GrpoStage":
         if self.train_on is not None and self.train_on > self.group_size:
